@@ -211,7 +211,7 @@ def load_run(directory):
         if not all(isinstance(record[key], dict) for key in ("config", "metrics")):
             raise ValueError
         return record
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged; delete {directory} and run it again") from None

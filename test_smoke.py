@@ -1,0 +1,555 @@
+"""Tests: `pytest -q test_smoke.py`. No network, no files from elsewhere; metrics are held against other arithmetic."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import train_mnist
+
+HERE = Path(__file__).parent
+QUICK = ["--data", "synthetic", "--examples", "600", "--epochs", "3", "--device", "cpu"]
+SETUPS = {"mlp": ["--student", "mlp"],
+          "cnn": ["--student", "cnn"],
+          "mlp-to-mlp": ["--student", "mlp", "--kd"],
+          "cnn-to-cnn": ["--student", "cnn", "--kd"],
+          "cnn-to-mlp": ["--teacher", "cnn", "--student", "mlp", "--kd"],
+          "mlp-to-cnn": ["--teacher", "mlp", "--student", "cnn", "--kd"],
+          "cnn-to-mlp-online": ["--teacher", "cnn", "--student", "mlp", "--kd", "online"],
+          "mlp-to-mlp-online": ["--student", "mlp", "--kd", "online"]}
+
+
+def mnist(*arguments):
+    """train_mnist.py with these arguments, in this process, ended as from the shell."""
+    common.run_main(train_mnist.main, [str(argument) for argument in arguments])
+
+
+def random_logits(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# KD loss
+
+
+def test_kd_loss_is_the_formula():
+    student, teacher, labels = random_logits(4, 3), random_logits(4, 3, seed=1), [0, 2, 1, 1]
+    temperature, alpha, total = 3.0, 0.7, 0.0
+
+    def softmax(row, t):
+        exponentials = [math.exp(value / t) for value in row]
+        return [value / sum(exponentials) for value in exponentials]
+
+    for s, t, label in zip(student.tolist(), teacher.tolist(), labels):
+        p, q = softmax(t, temperature), softmax(s, temperature)
+        divergence = sum(a * math.log(a / b) for a, b in zip(p, q))
+        total += alpha * temperature**2 * divergence - (1 - alpha) * math.log(softmax(s, 1)[label])
+    assert common.kd_loss(student, teacher, torch.tensor(labels), temperature, alpha).item() == pytest.approx(total / 4)
+
+
+def test_kd_loss_identities():
+    student, teacher, labels = random_logits(2, 5, 7), random_logits(2, 5, 7, seed=1), torch.arange(10).view(2, 5) % 7
+    cross_entropy = F.cross_entropy(student.view(10, 7), labels.view(10))
+    one_hot = torch.full((2, 5, 7), -math.inf).scatter(2, labels.unsqueeze(2), 0.0)
+    assert common.kd_loss(student, student, None, temperature=4).item() == pytest.approx(0, abs=1e-6)
+    assert torch.allclose(common.kd_loss(student, None, labels, alpha=0), cross_entropy)
+    assert torch.allclose(common.kd_loss(student, one_hot, labels), cross_entropy)
+    sizes = []
+    for temperature in (20, 200):
+        z = student.clone().requires_grad_()
+        common.kd_loss(z, teacher, labels, temperature).backward()
+        sizes.append(z.grad.norm().item())
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05) and sizes[0] > 0.01
+
+
+def test_kd_loss_masked_positions_and_teacher_get_no_gradient():
+    student, teacher = random_logits(2, 3, 4).requires_grad_(), random_logits(2, 3, 4, seed=1)
+    labels, mask = torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [1, 0, 0]])
+    teacher[0, 2], labels[1, 1] = math.nan, -100
+    teacher.requires_grad_()
+    loss = common.kd_loss(student, teacher, labels, 2.0, 0.5, mask)
+    loss.backward()
+    kept = mask.bool()
+    assert loss.item() == pytest.approx(common.kd_loss(student[kept], teacher[kept], labels[kept], 2.0, 0.5).item())
+    assert (student.grad[~kept] == 0).all() and (student.grad[kept].abs().sum(dim=1) > 0).all() and teacher.grad is None
+    assert common.kd_loss(student, teacher, labels, mask=torch.zeros(2, 3)).item() == 0
+    for wrong in ({"temperature": 0}, {"alpha": 1.5}, {"teacher_logits": teacher[..., :3]}):
+        with pytest.raises(ValueError):
+            common.kd_loss(**{"student_logits": student, "teacher_logits": teacher, "labels": labels, **wrong})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def test_expected_calibration_error():
+    # Worked by hand, 2 bins, (0, .5] and (.5, 1]: confidences .5 (right) | .9 (right), .8 (wrong), .6 (right).
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
+    labels = torch.tensor([0, 0, 0, 2])
+    by_hand = 1 / 4 * abs(1 - 0.5) + 3 / 4 * abs(2 / 3 - (0.9 + 0.8 + 0.6) / 3)
+    assert common.expected_calibration_error(probabilities, labels, n_bins=2) == pytest.approx(by_hand, abs=1e-6)
+
+    probabilities, labels = random_logits(500, 10).mul(2).softmax(1), torch.arange(500) % 10
+    expected = 0.0
+    for low in range(15):
+        rows = [i for i in range(500) if low / 15 < probabilities[i].max() <= (low + 1) / 15]
+        if rows:
+            right = sum(int(probabilities[i].argmax() == labels[i]) for i in rows) / len(rows)
+            expected += len(rows) / 500 * abs(right - sum(probabilities[i].max().item() for i in rows) / len(rows))
+    assert common.expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-6)
+    assert common.expected_calibration_error(F.one_hot(labels).float(), labels) == 0
+
+
+def test_error_consistency():
+    labels = torch.zeros(10, dtype=torch.long)
+    a = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])  # right on 7
+    b = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 0])  # right on 7, as a on 8 of 10: expected .7*.7 + .3*.3 = .58
+    assert common.error_consistency(a, b, labels) == pytest.approx((0.8 - 0.58) / (1 - 0.58))
+    assert common.error_consistency(a, a, labels) == 1
+    assert common.error_consistency(labels, labels, labels) == 1  # no errors at all: no NaN
+    assert common.error_consistency(labels, a, labels) == pytest.approx(0)
+    assert common.error_consistency(1 - labels, labels, labels) == pytest.approx(0)
+    assert common.error_consistency(torch.tensor([0, 1]), torch.tensor([1, 0]), labels[:2]) == pytest.approx(-1)
+
+
+def test_js_divergence():
+    a, b = torch.tensor([[1.0, 0]]), torch.tensor([[0.5, 0.5]])
+    entropy_of_mean = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
+    assert common.js_divergence(a, b) == pytest.approx(entropy_of_mean - 0.5)
+    assert common.js_divergence(a, a) == 0 and common.js_divergence(a, a.flip(1)) == pytest.approx(1)
+    p, q = random_logits(50, 4).softmax(1), random_logits(50, 4, seed=1).softmax(1)
+    m = (p + q) / 2
+    by_kl = ((p * (p / m).log2()).sum(1) / 2 + (q * (q / m).log2()).sum(1) / 2).mean().item()
+    assert common.js_divergence(p, q) == pytest.approx(by_kl, abs=1e-6) == common.js_divergence(q, p)
+
+
+def test_rsa_and_linear_cka():
+    x = random_logits(300, 6).double() + 0.3
+    rotation = torch.linalg.qr(random_logits(6, 6, seed=1).double())[0]
+    noise, wide = random_logits(300, 6, seed=2).double(), torch.cat([x, torch.zeros(300, 2)], dim=1)
+    assert common.rsa(x, 3 * x @ rotation) == pytest.approx(1) == common.rsa(x, wide)
+    assert common.linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1) == common.linear_cka(x, wide)
+    # Unrelated rows of cosines share nothing but the 1 on the diagonal: 1 in about 1 + 300 / 6.
+    assert common.rsa(x - 0.3, noise) < 0.05 and common.linear_cka(x, noise) < 0.1
+
+    centring = torch.eye(300, dtype=torch.double) - 1 / 300
+    k, l = (centring @ (z @ z.T) @ centring for z in (x, noise))  # HSIC by kernels: eq. 3
+    assert common.linear_cka(x, noise) == pytest.approx(((k * l).sum() / (k.norm() * l.norm())).item())
+    a, b, rows = x[:8], noise[:8], []
+    for i in range(8):
+        row_a = [torch.dot(a[i], other) / a[i].norm() / other.norm() for other in a]
+        row_b = [torch.dot(b[i], other) / b[i].norm() / other.norm() for other in b]
+        norms = math.sqrt(sum(v**2 for v in row_a)) * math.sqrt(sum(v**2 for v in row_b))
+        rows.append(sum(v * w for v, w in zip(row_a, row_b)) / norms)
+    assert common.rsa(a, b) == pytest.approx(float(sum(rows) / 8))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run files and progress
+
+
+def save_example(directory, tag, **record):
+    common.save_run(directory, {"config": {"tag": tag}, "metrics": {}, **record},
+                    {"x": torch.arange(3)}, {"w": torch.tensor([float(tag)])})
+
+
+def test_run_files(tmp_path):
+    directory = tmp_path / "a" / "seed0"
+    assert common.load_run(directory) is None and common.find_runs(tmp_path) == []
+    save_example(directory, 1, loss=math.nan)
+    assert common.load_run(directory)["loss"] is None  # valid JSON, not the word NaN
+    assert common.find_runs(tmp_path) == [directory]
+    assert sorted(p.name for p in directory.iterdir()) == ["model.pt", "outputs.npz", "run.json"]
+    assert common.load_outputs(directory)["x"].tolist() == [0, 1, 2]
+    assert common.finished_run(directory, {"tag": 1})["config"] == {"tag": 1}
+    assert common.finished_run(directory, {"tag": 2}, force=True) is None
+    with pytest.raises(common.UserError, match="tag is 1, not 2"):
+        common.finished_run(directory, {"tag": 2})
+    for name, load in (("outputs.npz", common.load_outputs), ("run.json", common.load_run),
+                       ("model.pt", lambda d: common.load_weights(torch.nn.Linear(1, 1), d))):
+        (directory / name).write_bytes((directory / name).read_bytes()[:-9])
+        with pytest.raises(common.UserError, match="damaged"):
+            load(directory)
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_interrupted_save_leaves_no_mixture(tmp_path, monkeypatch, moment):
+    save_example(tmp_path, 1)
+    replace, calls = os.replace, []
+
+    def interrupted(*paths):
+        calls.append(paths)
+        if len(calls) > moment:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_example(tmp_path, 2)
+    assert common.load_run(tmp_path) is None and not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
+
+
+def test_progress_says_how_long(capsys, monkeypatch):
+    progress = common.Progress(epochs=4)
+    progress.start -= 10  # as if the first epoch had taken ten seconds
+    progress.epoch(1, 0.5, 0.9, 10.0)
+    line = capsys.readouterr().out
+    assert "1/4" in line and "0.5" in line and "0.9" in line and "30 s left" in line
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    progress = common.Progress(epochs=4)
+    progress.last_shown -= 1
+    progress.step(2, 3, 8)
+    assert "batch 3/8" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MNIST: data
+
+
+def test_translate_and_scale_against_a_loop():
+    images = torch.randint(0, 256, (6, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    moved, seen = train_mnist.translate(images), set()
+    for image, result in zip(images, moved):
+        matches = []
+        for down in (-3, 3):
+            for right in (-3, 3):
+                expected = torch.zeros_like(image)
+                for row in range(28):
+                    for column in range(28):
+                        if 0 <= row - down < 28 and 0 <= column - right < 28:
+                            expected[row, column] = image[row - down, column - right]
+                if torch.equal(expected, result):
+                    matches.append((down, right))
+        assert len(matches) == 1
+        seen.update(matches)
+    assert len(seen) > 1 and torch.equal(moved, train_mnist.translate(images))
+
+    shrunk = train_mnist.scale(images[:1])[0]
+    for row, column in ((0, 0), (4, 4), (9, 20), (13, 14), (23, 5), (27, 13)):
+        y, x = (row - 13.5) / 0.7 + 13.5, (column - 13.5) / 0.7 + 13.5
+        expected = sum((1 - abs(y - i)) * (1 - abs(x - j)) * images[0, i, j].item()
+                       for i in (math.floor(y), math.floor(y) + 1) for j in (math.floor(x), math.floor(x) + 1)
+                       if 0 <= i < 28 and 0 <= j < 28)
+        assert shrunk[row, column].item() == pytest.approx(expected, abs=0.02)  # of 255
+
+
+def test_synthetic_digits_are_seeded_centred_and_like_mnist():
+    images, labels = train_mnist.synthetic_digits(2000, seed=0)
+    again, same_labels = train_mnist.synthetic_digits(2000, seed=0)
+    other, _ = train_mnist.synthetic_digits(2000, seed=1)
+    assert torch.equal(images, again) and torch.equal(labels, same_labels) and not torch.equal(images, other)
+    assert labels.bincount().min() > 150 and images.shape == (2000, 28, 28) and images.dtype == torch.uint8
+    assert labels[:8].tolist() == LABELS_OF_SEED_0  # the same on every machine
+    ink = images.double() / 255
+    assert 0.08 < ink.mean() < 0.18  # MNIST: 0.131
+    rows = (ink.sum(2) * torch.arange(28)).sum(1) / ink.sum((1, 2))
+    columns = (ink.sum(1) * torch.arange(28)).sum(1) / ink.sum((1, 2))
+    assert (rows - 13.5).abs().max() < 2.5 and (columns - 13.5).abs().max() < 2.5
+    assert ink[:, 0].mean() < 0.01 and ink[:, :, 0].mean() < 0.01  # nothing cut off at the edge
+
+
+LABELS_OF_SEED_0 = [4, 9, 3, 0, 3, 9, 7, 3]
+
+
+def write_idx(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+@pytest.fixture(scope="module")
+def mnist_files(tmp_path_factory):
+    """A folder laid out like MNIST, with the right sizes; image i is grey level i % 256 all over."""
+    raw = tmp_path_factory.mktemp("data") / "MNIST" / "raw"
+    for part, size in (("train", 60_000), ("t10k", 10_000)):
+        grey = np.arange(size).astype(np.uint8)
+        write_idx(raw / f"{part}-images-idx3-ubyte", np.broadcast_to(grey[:, None, None], (size, 28, 28)))
+        write_idx(raw / f"{part}-labels-idx1-ubyte", grey % 10)
+    return raw
+
+
+def test_mnist_files_are_read(mnist_files):
+    source = train_mnist.load_mnist(mnist_files.parent.parent)
+    data = train_mnist.make_data("mnist", 60_000, source, torch.device("cpu"))
+    assert [len(data[name][1]) for name in data] == [55_000, 5_000, 10_000, 10_000, 10_000]
+    assert (data["train"][0][300] == 300 - 256).all() and (data["validation"][0][0] == 55_000 % 256).all()
+
+
+def truncate(raw):
+    path = raw / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def swap(a, b):
+    def apply(raw):
+        (raw / a).rename(raw / "other"), (raw / b).rename(raw / a), (raw / "other").rename(raw / b)
+    return apply
+
+
+@pytest.mark.parametrize("damage", [truncate, swap("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"),
+                                    swap("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+                                    swap("train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte")])
+def test_damaged_mnist_files_are_reported(mnist_files, tmp_path, capfd, damage):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in mnist_files.iterdir():
+        os.link(path, raw / path.name)
+    if damage is truncate:  # not through the link
+        (raw / "train-images-idx3-ubyte").unlink()
+        shutil.copy(mnist_files / "train-images-idx3-ubyte", raw)
+    damage(raw)
+    assert_refused(capfd, ["--data-dir", tmp_path, "--out", tmp_path / "runs"], "truncated, swapped or unreadable")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MNIST: all setups
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """All setups, once; -> (root, printed text per setup, the bytes of all plain runs before any of them taught)."""
+    out, text = tmp_path_factory.mktemp("grid"), {}
+    root = out / "mnist-synthetic"
+    for model in ("mlp", "cnn"):
+        mnist("--student", model, "--seed", 1, *QUICK, "--out", out, "--quiet")
+    before = {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+    for name, flags in SETUPS.items():
+        stdout = out / f"{name}.txt"
+        with open(stdout, "w") as file, contextlib.redirect_stdout(file):
+            mnist(*flags, *QUICK, "--out", out)
+        text[name] = stdout.read_text()
+    return root, text, before
+
+
+def test_every_setup_leaves_a_complete_run(grid):
+    root, text, before = grid
+    assert {path.parent.name for path in common.find_runs(root) if path.name == "seed0"} == set(SETUPS)
+    assert len(before) == 6 and all(path.read_bytes() == content for path, content in before.items())  # teachers
+    for name in SETUPS:
+        directory = root / name / "seed0"
+        record = json.loads((directory / "run.json").read_text())
+        assert set(record) >= {"config", "data", "environment", "parameters", "history", "metrics", "timing"}
+        assert [entry["epoch"] for entry in record["history"]] == [1, 2, 3]
+        assert set(record["timing"]) == {"data", "teacher", "teacher_logits", "training", "evaluation",
+                                         "examples_per_second"}
+        outputs = common.load_outputs(directory)
+        assert outputs["probe_epochs"].tolist() == [0, 1, 2, 3]
+        width = {"mlp": 32, "cnn": 64}[record["config"]["student"]]
+        assert outputs["probe_representations"].shape == (4, 100, width)
+        for test_set, metrics in record["metrics"].items():  # once more, in numpy
+            logits, labels = outputs[f"{test_set}_logits"].astype(np.float64), outputs[f"{test_set}_labels"]
+            log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            assert metrics["accuracy"] == pytest.approx((logits.argmax(axis=1) == labels).mean())
+            assert metrics["nll"] == pytest.approx(-log_probabilities[np.arange(100), labels].mean())
+            assert metrics["n"] == 100 and 0 <= metrics["ece"] <= 1
+            assert f"{metrics['accuracy']:.4f}" in text[name] and f"{metrics['ece']:.4f}" in text[name]
+        assert ("teacher" in record["parameters"]) == ("-to-" in name)
+        model = common.load_weights(train_mnist.MODELS[record["config"]["student"]](), directory)
+        data = train_mnist.make_data("synthetic", 600, None, torch.device("cpu"))
+        logits, _ = train_mnist.evaluate(model, data["test"][0], record["environment"]["precision"] == "bfloat16")
+        assert np.abs(logits.numpy() - outputs["test_logits"]).max() < 0.05
+
+
+def test_teacher_is_the_plain_run_of_its_seed_and_its_figures_are_in_the_record(grid):
+    root, _, _ = grid
+    record = common.load_run(root / "cnn-to-mlp" / "seed0")
+    teacher = common.load_run(root / "cnn" / "seed1")
+    assert record["teacher_metrics"] == teacher["metrics"] and record["config"]["teacher_seed"] == 1
+    assert record["parameters"]["teacher"] == teacher["parameters"]["student"]
+
+
+@pytest.mark.parametrize("student", ["mlp", "cnn"])
+def test_setups_of_one_seed_share_initialisation_but_not_outcome(grid, student):
+    root, _, _ = grid
+    paths = {name: common.load_outputs(root / name / "seed0")["probe_representations"]
+             for name in SETUPS if name.split("-online")[0].split("-")[-1] == student}
+    plain = paths.pop(student)
+    twin = common.load_outputs(root / student / "seed1")["probe_representations"]
+    assert len(paths) >= 2 and not np.array_equal(plain[0], twin[0])
+    for path in paths.values():
+        assert np.array_equal(path[0], plain[0]) and not np.allclose(path[-1], plain[-1])
+
+
+def test_same_batches_in_every_setup_and_cached_logits_are_the_teachers(grid, tmp_path, monkeypatch):
+    """Watch every training batch: same digits in the same order, each with what its teacher says of it."""
+    seen, to_input, kd_loss = [], train_mnist.to_input, common.kd_loss
+    teacher = common.load_weights(train_mnist.CNN(), grid[0] / "cnn" / "seed1").eval()
+
+    def watched_input(images):
+        seen.append(images)
+        return to_input(images)
+
+    def watched_loss(student_logits, teacher_logits, *rest):
+        with torch.no_grad():
+            fresh = teacher(to_input(seen[-1]))
+        assert (fresh - teacher_logits).abs().max() < 0.1 < fresh.std()  # bfloat16 in batches of another size
+        return kd_loss(student_logits, teacher_logits, *rest)
+
+    shutil.copytree(grid[0] / "cnn", tmp_path / "mnist-synthetic" / "cnn")
+    monkeypatch.setattr(train_mnist, "to_input", watched_input)
+    monkeypatch.setattr(common, "kd_loss", watched_loss)
+    batches = []
+    for name in ("mlp", "cnn-to-mlp"):
+        mnist(*SETUPS[name], *QUICK, "--out", tmp_path, "--quiet")
+        batches.append([images for images in seen if len(images) == 128])
+        seen.clear()
+    assert len(batches[0]) == 3 * (550 // 128)
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+    assert not torch.equal(batches[0][0], batches[0][550 // 128])  # and another order in every epoch
+
+
+def test_same_command_twice_gives_the_same_metrics(grid, tmp_path):
+    mnist(*SETUPS["cnn-to-mlp"], *QUICK, "--out", tmp_path, "--quiet")
+    first, second = (common.load_run(root / "cnn-to-mlp" / "seed0") for root in (grid[0], tmp_path / "mnist-synthetic"))
+    assert first["metrics"] == second["metrics"] and first["config"] == second["config"]
+
+
+def test_finished_run_is_not_repeated_unless_forced(grid, capsys):
+    directory = grid[0] / "mlp" / "seed0"
+    before = (directory / "run.json").stat().st_mtime_ns
+    mnist(*SETUPS["mlp"], *QUICK, "--out", grid[0].parent)
+    assert (directory / "run.json").stat().st_mtime_ns == before and "finished already" in capsys.readouterr().out
+    mnist(*SETUPS["mlp"], *QUICK, "--out", grid[0].parent, "--force", "--quiet")
+    assert (directory / "run.json").stat().st_mtime_ns > before and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("examples, batch_size", [(60, 50), (60, 1000), (132, 60)])
+def test_one_or_two_steps_are_enough_for_the_schedule(tmp_path, examples, batch_size):
+    mnist("--data", "synthetic", "--examples", examples, "--batch-size", batch_size, "--epochs", 1, "--out", tmp_path,
+          "--device", "cpu", "--quiet")
+    assert common.load_run(tmp_path / "mnist-synthetic" / "mlp" / "seed0")["history"][0]["loss"] > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The real command line, alone in an empty folder
+
+
+@pytest.fixture(scope="module")
+def copied_out(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copied out ü")
+    for name in ("train_mnist.py", "common.py"):
+        shutil.copy(HERE / name, folder)
+    return folder
+
+
+def start(folder, *arguments):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.Popen([sys.executable, "train_mnist.py", *arguments], cwd=folder, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_two_files_alone_do_the_main_job(copied_out):
+    process = start(copied_out, "--teacher", "cnn", "--student", "mlp", "--kd", *QUICK)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0 and stderr == ""
+    assert "teacher cnn" in stdout and "student mlp" in stdout and "s left" in stdout
+    assert common.load_run(copied_out / "runs" / "mnist-synthetic" / "cnn-to-mlp" / "seed0")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_killed_run_leaves_nothing_that_looks_finished(copied_out, how):
+    process = start(copied_out, "--student", "mlp", *QUICK, "--epochs", "100000", "--seed", "7")
+    for line in process.stdout:
+        if "epoch  " in line:
+            break
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert len(stderr.split("\n")) <= 3 and "Traceback" not in stderr
+    assert not list((copied_out / "runs" / "mnist-synthetic" / "mlp").rglob("*.*"))
+
+
+def test_bad_input_from_the_shell(copied_out):
+    process = start(copied_out, "--student", "rnn")
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2 and stderr.count("\n") == 1 and "rnn" in stderr and "mlp" in stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, exit code 2
+
+
+def assert_refused(capfd, arguments, expected):
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as end:
+        mnist(*arguments)
+    stdout, stderr = capfd.readouterr()
+    assert end.value.code == 2 and stderr.count("\n") == 1 and expected in stderr, stderr
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--student", "rnn"], "invalid choice"),
+    (["--teacher", "gnn", "--kd"], "invalid choice"),
+    (["--kd", "sometimes"], "invalid choice"),
+    (["--teacher", "cnn"], "--teacher has no effect without --kd"),
+    (["--temperature", "2"], "--temperature has no effect without --kd"),
+    (["--kd", "--seed", "3", "--teacher-seed", "3"], "twin"),
+    (["--epochs", "0"], "--epochs"), (["--epochs", "1.5"], "--epochs"), (["--epochs", "many"], "--epochs"),
+    (["--batch-size", "-4"], "--batch-size"), (["--batch-size", "1"], "--batch-size"),
+    (["--lr", "0"], "--lr"), (["--lr", "nan"], "--lr"), (["--lr", "inf"], "--lr"),
+    (["--kd", "--temperature", "0"], "--temperature"), (["--kd", "--temperature", "-1"], "--temperature"),
+    (["--kd", "--alpha", "1.1"], "--alpha"), (["--kd", "--alpha", "-0.1"], "--alpha"),
+    (["--seed", "-1"], "--seed"), (["--examples", "10"], "--examples"), (["--data", "cifar"], "invalid choice"),
+    (["--device", "cuda:99"], "--device cuda:99"), (["--device", "abacus"], "--device abacus"),
+    (["--data-dir", "no/such/folder"], "no such folder"), (["--nonsense"], "unrecognized"),
+    (["--lr", "1e30"], "try a lower --lr"),
+])
+def test_bad_input_is_one_line(tmp_path, capfd, arguments, expected):
+    # What the case gives comes last and wins.
+    assert_refused(capfd, [*QUICK, "--quiet", "--out", tmp_path, *arguments], expected)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_cuda_where_there_is_none(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert_refused(capfd, [*QUICK, "--out", tmp_path, "--device", "cuda"], "--device cuda")
+
+
+def test_output_folder_that_cannot_be_written(tmp_path, capfd):
+    (tmp_path / "file").write_text("in the way")
+    assert_refused(capfd, [*QUICK, "--out", tmp_path / "file", "--quiet"], "--out")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_runs_in_the_way_and_broken_teachers(grid, tmp_path, capfd):
+    root = tmp_path / "mnist-synthetic"
+    shutil.copytree(grid[0], root)
+    finished = (root / "cnn-to-mlp" / "seed0" / "run.json").read_bytes()
+    command = [*SETUPS["cnn-to-mlp"], *QUICK, "--out", tmp_path, "--quiet"]
+    assert_refused(capfd, [*command, "--temperature", "3"], "temperature is 20.0, not 3.0")
+    assert (root / "cnn-to-mlp" / "seed0" / "run.json").read_bytes() == finished
+    assert_refused(capfd, [*command, "--seed", "5", "--teacher-seed", "1", "--epochs", "2"], "epochs is 3, not 2")
+    teacher = root / "cnn" / "seed1"
+    (teacher / "model.pt").write_bytes(b"not weights")
+    assert_refused(capfd, [*command, "--force"], "model.pt is missing, damaged or of another model")
+    shutil.copy(root / "mlp" / "seed1" / "model.pt", teacher)
+    assert_refused(capfd, [*command, "--force"], "model.pt is missing, damaged or of another model")
+    (teacher / "run.json").write_text("{")
+    assert_refused(capfd, [*command, "--force"], "run.json is damaged")
+    assert (root / "cnn-to-mlp" / "seed0" / "run.json").read_bytes() == finished
+
+
+def test_without_network_auto_takes_synthetic_digits_and_says_so(tmp_path, capfd, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    def no_network(*_, **__):
+        raise RuntimeError("Error downloading")
+
+    monkeypatch.setattr(MNIST, "download", no_network)
+    data = ["--data-dir", tmp_path, "--out", tmp_path / "runs", "--epochs", 1, "--examples", 60, "--quiet"]
+    assert_refused(capfd, ["--data", "mnist", *data], "can't be downloaded")
+    mnist(*data)
+    assert "SYNTHETIC" in capfd.readouterr().err
+    assert common.load_run(tmp_path / "runs" / "mnist-synthetic" / "mlp" / "seed0")["config"]["data"] == "synthetic"
