@@ -45,19 +45,19 @@ def kd_loss(student_logits, teacher_logits, labels, temperature=1.0, alpha=1.0, 
         student_logits, teacher_logits, labels = (t if t is None else t[mask]
                                                   for t in (student_logits, teacher_logits, labels))
     student_logits = student_logits.float()
-    examples = max(student_logits[..., 0].numel(), 1)
-    loss = 0.0
+    examples = max(student_logits.shape[:-1].numel(), 1)
+    soft = hard = 0.0
     if alpha > 0:
         teacher_probabilities = F.softmax(teacher_logits.detach().float() / temperature, dim=-1)
         student_log_probabilities = F.log_softmax(student_logits / temperature, dim=-1)
         # Probabilities, not log-probabilities, as the target: kl_div then takes 0 log 0 as 0 (a one-hot teacher).
-        divergence = F.kl_div(student_log_probabilities, teacher_probabilities, reduction="sum") / examples
-        loss = loss + alpha * temperature**2 * divergence
+        divergence = F.kl_div(student_log_probabilities, teacher_probabilities, reduction="sum")
+        soft = divergence * (alpha * temperature**2 / examples)
     if alpha < 1:
         flat_logits = student_logits.reshape(-1, student_logits.shape[-1])
-        cross_entropy = F.cross_entropy(flat_logits, labels.reshape(-1), reduction="sum") / examples
-        loss = loss + (1 - alpha) * cross_entropy
-    return loss
+        cross_entropy = F.cross_entropy(flat_logits, labels.reshape(-1), reduction="sum")
+        hard = cross_entropy * ((1 - alpha) / examples)
+    return soft + hard if 0 < alpha < 1 else soft if alpha > 0 else hard
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def find_runs(root):
 
 
 def config_differences(wanted, found):
-    """What differs between two configurations, as a list of 'field: found, not wanted' (empty where they are equal)."""
+    """What differs between two configurations, as a list of 'field is found, not wanted', empty if nothing does."""
     return [f"{key} is {found.get(key)}, not {wanted.get(key)}"
             for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
 
@@ -291,7 +291,8 @@ def has_bfloat16(device):
 
 def describe_environment(device, amp, compiled):
     """Versions, hardware and precision, for run.json."""
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    on_gpu = device.type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "python": platform.python_version(),
             "torch": torch.__version__, "numpy": np.__version__, "platform": platform.platform(),
             "device": str(device), "hardware": hardware, "threads": torch.get_num_threads(),

@@ -1,6 +1,7 @@
 """Tests: `pytest -q test_smoke.py`. No network, no files from elsewhere; metrics are held against other arithmetic."""
 
 import contextlib
+import gzip
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 
 import common
 import train_mnist
+import train_sva
 
 HERE = Path(__file__).parent
 QUICK = ["--data", "synthetic", "--examples", "600", "--epochs", "3", "--device", "cpu"]
@@ -481,10 +483,10 @@ def test_bad_input_from_the_shell(copied_out):
 # Bad input: one line, exit code 2
 
 
-def assert_refused(capfd, arguments, expected):
+def assert_refused(capfd, arguments, expected, script=mnist):
     capfd.readouterr()
     with pytest.raises(SystemExit) as end:
-        mnist(*arguments)
+        script(*arguments)
     stdout, stderr = capfd.readouterr()
     assert end.value.code == 2 and stderr.count("\n") == 1 and expected in stderr, stderr
 
@@ -553,3 +555,258 @@ def test_without_network_auto_takes_synthetic_digits_and_says_so(tmp_path, capfd
     mnist(*data)
     assert "SYNTHETIC" in capfd.readouterr().err
     assert common.load_run(tmp_path / "runs" / "mnist-synthetic" / "mlp" / "seed0")["config"]["data"] == "synthetic"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SVA: sentences
+
+
+def sva(*arguments):
+    """train_sva.py with these arguments, in this process, ended as from the shell."""
+    common.run_main(train_sva.main, [str(argument) for argument in arguments])
+
+
+def test_synthetic_sentences_are_what_they_claim():
+    """Number, attractors and distance once more, from the words alone; neither first nor last noun is a safe guess."""
+    number_of = {noun: False for noun in train_sva.NOUNS} | {noun + "s": True for noun in train_sva.NOUNS}
+    lemmas = {*train_sva.TRANSITIVE, *train_sva.INTRANSITIVE, *train_sva.THINKING}
+    assert len(number_of) == 2 * len(set(train_sva.NOUNS)) and not lemmas & set(number_of)
+    parts = train_sva.synthetic_sentences(2000)
+    for part in parts.values():
+        for sentence in part:
+            words = sentence.text.split()
+            verb, head = words[sentence.verb], sentence.verb - sentence.distance
+            assert (verb in lemmas) == sentence.plural and (verb if sentence.plural else verb[:-1]) in lemmas
+            assert number_of[words[head]] == sentence.plural and sentence.forms[sentence.plural] == verb
+            between = [number_of[word] for word in words[head + 1:sentence.verb] if word in number_of]
+            assert sentence.attractors == between.count(not sentence.plural)
+    without = sum(sentence.attractors == 0 for sentence in parts["train"]) / len(parts["train"])
+    assert 0.7 < without < 0.9
+    groups = [min(sentence.attractors, 4) for sentence in parts["test"]]
+    assert [groups.count(group) for group in range(5)] == [200] * 5
+    hard = [sentence for sentence in parts["test"] if sentence.attractors > 0]
+    nouns = [[number_of[word] for word in train_sva.before_verb(sentence) if word in number_of] for sentence in hard]
+    for guess in (0, -1):
+        right = sum(numbers[guess] == sentence.plural for numbers, sentence in zip(nouns, hard)) / len(hard)
+        assert right < 0.75
+    seen = {train_sva.before_verb(sentence) for sentence in parts["train"]}
+    assert not seen & {train_sva.before_verb(sentence) for sentence in parts["test"]}
+    assert parts == train_sva.synthetic_sentences(2000)
+
+
+def test_vocabulary_comes_from_training_sentences_alone():
+    sentence = train_sva.Sentence("the cat sees the dog", 2, False, 0, 1, ("sees", "see"))
+    vocabulary = train_sva.make_vocabulary([sentence])
+    assert vocabulary["the"] == 4 and sorted(vocabulary.values()) == [4, 5, 6, 7]
+    other = sentence._replace(text="the whale sees it")
+    split, left_out = train_sva.encode([other], vocabulary, "classification")
+    assert split.tokens.tolist() == [4, train_sva.UNKNOWN] and left_out == 0
+    assert train_sva.encode([other], vocabulary, "lm")[1] == 1  # "see" was never seen, so there is nothing to choose
+
+
+def test_batches_have_little_padding_and_every_sentence_at_most_once():
+    parts = train_sva.synthetic_sentences(5000)
+    split, _ = train_sva.encode(parts["train"], train_sva.make_vocabulary(parts["train"]), "classification")
+    batches = train_sva.batches_by_length(split.lengths, 64, torch.Generator().manual_seed(0))
+    assert len(torch.cat(batches).unique()) == 64 * len(batches) == 64 * (5000 // 64)
+    longest = sum(64 * split.lengths[batch].max().item() for batch in batches)
+    words = sum(split.lengths[batch].sum().item() for batch in batches)
+    assert 1 - words / longest <= 0.15
+    tokens, lengths = split.batch(batches[0])
+    for row, sentence, length in zip(tokens, batches[0], lengths):
+        start = split.starts[sentence]
+        assert row[:length].tolist() == split.tokens[start:start + length].tolist() and not row[length:].any()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SVA: models
+
+
+def sva_model(name, objective="classification"):
+    return train_sva.build_model(name, 0, 20, objective).eval()
+
+
+@pytest.mark.parametrize("name", train_sva.MODELS)
+@torch.no_grad()
+def test_padding_has_no_influence_and_only_the_class_token_sees_both_sides(name):
+    model, lengths = sva_model(name), torch.tensor([5, 7])
+    tokens = torch.randint(4, 20, (2, 7), generator=torch.Generator().manual_seed(0))
+    tokens[0, 5:] = train_sva.PAD
+    both = model.represent(tokens, lengths)
+    assert torch.allclose(model.represent(tokens[:1, :5], lengths[:1]), both[:1], atol=1e-5)
+    garbled = tokens.clone()
+    garbled[0, 5:] = 9
+    assert torch.allclose(model.represent(garbled, lengths), both, atol=1e-5)
+    changed = tokens.clone()
+    changed[:, 4] = (changed[:, 4] - 3) % 16 + 4
+    before, after = model.states(tokens, lengths), model.states(changed, lengths)
+    if name == "transformer":
+        assert (before[:, 0] - after[:, 0]).abs().amax(dim=1).min() > 1e-4  # the class token, in front
+    else:
+        assert torch.allclose(before[:, :4], after[:, :4], atol=1e-5)
+        assert (before[:, 4] - after[:, 4]).abs().max() > 1e-4
+
+
+def test_universal_transformer_shares_its_layer():
+    shared, separate = sva_model("ut-seq"), sva_model("transformer-seq")
+    assert len(shared.blocks) == 1 < len(separate.blocks) == separate.layers
+    calls = []
+    shared.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    shared.represent(torch.full((1, 3), 5), torch.tensor([3]))
+    assert len(calls) == shared.layers > 1
+
+
+@torch.no_grad()
+def test_language_model_scores_words_and_verb_forms_like_a_loop():
+    model = sva_model("lstm-small", "lm")
+    sentence = train_sva.Sentence("a b c d", 2, True, 0, 1, ("b", "c"))
+    other = sentence._replace(text="a c d", verb=1)
+    vocabulary = {"a": 4, "b": 5, "c": 6, "d": 7}
+    split, _ = train_sva.encode([sentence, other], vocabulary, "lm")
+    logits, _, perplexity = train_sva.evaluate(model, split, "lm", False, torch.device("cpu"))
+    total, words = 0.0, 0
+    for row, (text, verb) in enumerate((([4, 5, 6, 7], 2), ([4, 6, 7], 1))):
+        sequence = [train_sva.START, *text, train_sva.END]
+        for position in range(1, len(sequence)):
+            prefix = torch.tensor([sequence[:position]])
+            scores = model.head(model.states(prefix, torch.tensor([position]))[0, -1]).log_softmax(0)
+            total, words = total - scores[sequence[position]].item(), words + 1
+            if position == verb + 1:
+                assert torch.allclose(logits[row], scores[[5, 6]], atol=1e-5)
+    assert perplexity == pytest.approx(math.exp(total / words), rel=1e-5)
+
+
+def test_agreement_metrics_by_hand():
+    logits = torch.tensor([[2.0, 0], [2, 0], [2, 0], [2, 0]])  # says singular, always
+    labels, attractors = torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 0, 6])
+    metrics = train_sva.agreement_metrics(logits, labels, attractors, torch.tensor([1, 20, 3, 3]))
+    assert metrics["accuracy"] == 0.75 and metrics["a_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics["accuracy_by_attractors"] == {"0": pytest.approx(2 / 3), "4": 1.0}
+    assert metrics["accuracy_by_distance"] == {"1": 1.0, "3": 0.5} and metrics["d_accuracy"] == 0.75
+    unknown = torch.full((4,), -1)
+    assert train_sva.agreement_metrics(logits, labels, attractors, unknown)["d_accuracy"] is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SVA: files of Linzen et al.
+
+HEAD = "sentence\tverb_pos\tsubj_index\tverb_index\tn_diff_intervening\tdistance"
+
+
+def write_table(path, rows=None):
+    singular, plural = "the key near it is old {}\tVBZ\t2\t5\t0\t3", "the keys near it are old {}\tVBP\t2\t5\t0\t3"
+    rows = rows or [(plural if i % 2 else singular).format(i % 7) for i in range(200)]
+    text = "\n".join([HEAD, *rows]) + "\n"
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+def write_before_verbs(folder, leave_out=()):
+    for name in ("train", "val", *(f"test.{k}" for k in range(6))):
+        if name not in leave_out:
+            lines = [f"VBZ\tthe key near {name.split('.')[0]}\n", f"VBP\tthe keys near {name.split('.')[0]}\n"] * 20
+            (folder / f"numpred.{name}").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_table_is_read(tmp_path, suffix):
+    path = tmp_path / f"agr_50_mostcommon_10K.tsv{suffix}"
+    write_table(path)
+    parts, notes = train_sva.read_linzen(train_sva.find_linzen(tmp_path))
+    assert [len(parts[name]) for name in ("train", "validation", "test")] == [20, 2, 178] and notes == []
+    sentence = parts["train"][0]
+    assert sentence.text.split()[sentence.verb] == ("are" if sentence.plural else "is") and sentence.distance == 3
+    vocabulary = train_sva.make_vocabulary(parts["train"])
+    split, left_out = train_sva.encode(parts["test"], vocabulary, "lm")
+    assert left_out == 0 and (split.forms == torch.tensor([vocabulary["is"], vocabulary["are"]])).all()
+
+
+def test_words_before_the_verb_are_read_and_missing_files_named(tmp_path):
+    write_before_verbs(tmp_path, leave_out=("val", "test.5"))
+    parts, notes = train_sva.read_linzen(train_sva.find_linzen(tmp_path))
+    assert [len(parts[name]) for name in ("train", "validation", "test")] == [38, 2, 200]
+    assert any("numpred.val" in note for note in notes) and any("numpred.test.5" in note for note in notes)
+    assert parts["test"][-1].attractors == 4 and parts["test"][0].forms == ("VBZ", "VBP")
+
+
+@pytest.mark.parametrize("damage, expected", [
+    (lambda f: write_table(f / "agr_50_mostcommon_10K.tsv", ["a b\tVBZ\t1\t2\t0\t1", "broken"]), "line 3"),
+    (lambda f: (f / "agr_50_mostcommon_10K.tsv").write_text("sentence\tverb_pos\n"), "no column verb_index"),
+    (lambda f: (f / "agr_50_mostcommon_10K.tsv").write_text(""), "is empty"),
+    (lambda f: (f / "agr_50_mostcommon_10K.tsv").write_bytes(f"{HEAD}\n".encode() + b"\xff\xfe\n"), "not UTF-8"),
+    (lambda f: (f / "agr_50_mostcommon_10K.tsv.gz").write_bytes(b"not gzip"), "can't be read"),
+    (lambda f: (write_before_verbs(f), (f / "numpred.val").write_text("VBZ\tthe key\nVBX\toh\n")), "line 2"),
+    (lambda f: write_before_verbs(f, leave_out=("train",)), "no numpred.train"),
+    (lambda f: write_before_verbs(f, leave_out=[f"test.{k}" for k in range(6)]), "nothing to test"),
+])
+def test_damaged_sentence_files_are_reported(tmp_path, capfd, damage, expected):
+    damage(tmp_path)
+    command = ["--data", "linzen", "--data-dir", tmp_path, "--out", tmp_path / "runs", "--quiet"]
+    assert_refused(capfd, command, expected, sva)
+
+
+def test_real_sentences_are_cached_until_a_file_changes(tmp_path, monkeypatch):
+    write_before_verbs(tmp_path)
+    reads, read_linzen = [], train_sva.read_linzen
+    monkeypatch.setattr(train_sva, "read_linzen", lambda files: reads.append(1) or read_linzen(files))
+    command = ["--data-dir", tmp_path, "--out", tmp_path / "runs", "--epochs", 1, "--student", "lstm-small", "--quiet",
+               "--device", "cpu"]
+    sva(*command)
+    sva(*command, "--seed", 1)
+    assert len(reads) == 1
+    first, second = (common.load_run(tmp_path / "runs" / "sva-linzen" / "lstm-small" / f"seed{k}") for k in (0, 1))
+    assert first["data"] == second["data"] and first["metrics"]["test"]["d_accuracy"] is None
+    (tmp_path / "numpred.val").write_text("VBZ\tthe key\n")
+    sva(*command, "--seed", 2)
+    sva(*command, "--seed", 2, "--objective", "lm")
+    assert len(reads) == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SVA: command line
+
+
+SVA_QUICK = ["--data", "synthetic", "--examples", "200", "--epochs", "2", "--device", "cpu", "--quiet"]
+
+
+@pytest.mark.parametrize("objective", ["classification", "lm"])
+def test_sva_setups(tmp_path, objective):
+    root = tmp_path / ("sva-lm-synthetic" if objective == "lm" else "sva-synthetic")
+    command = [*SVA_QUICK, "--objective", objective, "--out", tmp_path]
+    for model in train_sva.MODELS:
+        if (objective, model) != ("lm", "transformer"):
+            sva(*command, "--student", model, "--seed", 1)
+    teacher = root / "lstm" / "seed1" / "model.pt"
+    before = teacher.read_bytes()
+    for flags in ([], ["--kd"], ["--kd", "--teacher", "lstm"], ["--kd", "online", "--teacher", "lstm"]):
+        sva(*command, "--student", "transformer-seq", *flags)
+    sva(*command, "--student", "lstm", "--kd", "--teacher", "ut-seq")
+    assert teacher.read_bytes() == before
+    names = ("transformer-seq", "transformer-seq-to-transformer-seq", "lstm-to-transformer-seq",
+             "lstm-to-transformer-seq-online")
+    runs = {name: common.load_outputs(root / name / "seed0") for name in names}
+    plain = runs["transformer-seq"]["probe_representations"]
+    for name, outputs in runs.items():
+        metrics = common.load_run(root / name / "seed0")["metrics"]["test"]
+        correct = outputs["test_logits"].argmax(axis=1) == outputs["test_labels"]
+        groups = np.minimum(outputs["test_attractors"], 4)
+        assert metrics["accuracy"] == pytest.approx(correct.mean())
+        assert metrics["n"] == len(correct) >= 90  # of 100; few training words leave some without the other form
+        assert metrics["a_accuracy"] == pytest.approx(np.mean([correct[groups == k].mean() for k in range(5)]))
+        assert ("perplexity" in metrics) == (objective == "lm")
+        assert np.array_equal(outputs["probe_representations"][0], plain[0])  # same initialisation
+        assert name == "transformer-seq" or not np.allclose(outputs["probe_representations"][-1], plain[-1])
+    sva(*command, "--student", "transformer-seq", "--out", tmp_path / "again")
+    again = common.load_run(tmp_path / "again" / root.name / "transformer-seq" / "seed0")
+    assert again["metrics"] == common.load_run(root / "transformer-seq" / "seed0")["metrics"]
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--objective", "lm", "--student", "transformer"], "needs transformer-seq"),
+    (["--objective", "lm", "--student", "lstm", "--teacher", "transformer", "--kd"], "needs transformer-seq"),
+    (["--student", "mlp"], "invalid choice"), (["--teacher", "lstm"], "no effect without --kd"),
+    (["--data", "linzen", "--data-dir", "."], "nor numpred.train"),
+    (["--data-dir", "no/such/folder"], "no such folder"),
+])
+def test_sva_bad_input_is_one_line(tmp_path, capfd, arguments, expected):
+    assert_refused(capfd, [*SVA_QUICK, "--out", tmp_path, *arguments], expected, sva)
+    assert not list(tmp_path.rglob("*.*"))

@@ -1,0 +1,828 @@
+"""Train an LSTM or a Transformer on English subject-verb agreement, alone or on a teacher's soft labels.
+
+    python train_sva.py --student transformer-seq                                   # no distillation
+    python train_sva.py --teacher lstm --student transformer-seq --kd               # distillation
+    python train_sva.py --teacher lstm --student transformer-seq --kd --objective lm  # as language models
+
+"The keys near the cabinet ..." is or are? The number of the subject decides, not that of the nouns in between (the
+attractors). Training sentences are mostly simple; the test has up to four attractors and more, so it asks for the
+inductive bias. Every run leaves run.json, outputs.npz and model.pt in runs/sva-<data>/<run name>/seed<k>/
+(runs/sva-lm-<data> for language models). After Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
+"""
+
+import argparse
+import gzip
+import itertools
+import json
+import os
+import random
+import sys
+import time
+import zlib
+from array import array
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+
+# The same recipe for every setup of a model, distilled or not.
+RECIPE = {"epochs": 12, "batch_size": 64, "lr": 2e-3, "weight_decay": 0.01}
+TEMPERATURE = {"classification": 2.0, "lm": 1.0}
+VOCABULARY_SIZE = 10_000
+PAD, UNKNOWN, START, END = range(4)  # token numbers; the words' numbers follow
+MOST_ATTRACTORS, LONGEST_DISTANCE = 4, 16  # the groups of A-accuracy (4 means 4 and more) and D-accuracy
+PROBE_SIZE = 1000  # test sentences whose representations are kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models: tokens (n, length), 0 is padding on the right, and lengths (n,) -> states (n, length, width);
+# `represent` picks the state the answer is read from, `head` is the last linear layer.
+
+
+class LSTM(nn.Module):
+    """Embedding, two LSTM layers, linear head. Reads from left to right, so padding on the right changes nothing."""
+
+    def __init__(self, vocabulary, outputs, width):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width, padding_idx=PAD)
+        self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True, dropout=0.1)
+        self.head = nn.Linear(width, outputs)
+
+    def states(self, tokens, lengths):
+        return self.lstm(self.embedding(tokens))[0]
+
+    def represent(self, tokens, lengths):
+        return state_at(self.states(tokens, lengths), lengths - 1)
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer layer (Vaswani et al. 2017; Xiong et al. 2020, arXiv 2002.04745, for the order)."""
+
+    def __init__(self, width, heads=4, dropout=0.1):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.queries_keys_values, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x, mask):
+        n, length, width = x.shape
+        qkv = self.queries_keys_values(self.norm_attention(x)).view(n, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n, heads, length, width / heads) each
+        # No mask: causal, and then padding on the right is never looked at by the words before it.
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                                  dropout_p=self.dropout if self.training else 0.0)
+        x = x + self.drop(self.project(attended.transpose(1, 2).reshape(n, length, width)))
+        return x + self.drop(self.mlp(self.norm_mlp(x)))
+
+
+class Transformer(nn.Module):
+    """Pre-norm Transformer with learned positions.
+
+    causal: words see what comes before them, the answer is read at the last word (Transformer-seq); else words see
+    both sides and the answer is read at a class token put in front. shared: one layer's weights at every depth, told
+    apart by a learned embedding of the depth (Universal Transformer, Dehghani et al. 2019, arXiv 1807.03819, sec. 2.1).
+    """
+
+    def __init__(self, vocabulary, outputs, width, layers=3, causal=True, shared=False, longest=256):
+        super().__init__()
+        self.causal, self.layers = causal, layers
+        self.embedding = nn.Embedding(vocabulary, width, padding_idx=PAD)
+        self.position = nn.Embedding(longest, width)
+        self.depth = nn.Embedding(layers, width) if shared else None
+        self.class_token = None if causal else nn.Parameter(torch.zeros(width))
+        self.blocks = nn.ModuleList([Block(width) for _ in range(1 if shared else layers)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, outputs)
+        for embedding in (self.embedding, self.position, self.depth):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=0.1)
+
+    def states(self, tokens, lengths):
+        x = self.embedding(tokens)
+        mask = None
+        if not self.causal:
+            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
+            mask = torch.arange(x.shape[1], device=x.device) <= lengths[:, None]  # the class token and the words
+            mask = mask[:, None, None]  # (n, heads, queries, keys)
+        x = x + self.position.weight[:x.shape[1]]
+        for layer in range(self.layers):
+            if self.depth is not None:
+                x = x + self.depth.weight[layer]
+            x = self.blocks[layer % len(self.blocks)](x, mask)
+        return self.norm(x)
+
+    def represent(self, tokens, lengths):
+        return state_at(self.states(tokens, lengths), lengths - 1 if self.causal else torch.zeros_like(lengths))
+
+
+def state_at(states, positions):
+    """states (n, length, width), positions (n,) -> (n, width)."""
+    return states[torch.arange(len(states), device=states.device), positions]
+
+
+MODELS = {"lstm": lambda *sizes: LSTM(*sizes, width=128),
+          "transformer": lambda *sizes: Transformer(*sizes, width=96, causal=False),
+          "transformer-seq": lambda *sizes: Transformer(*sizes, width=96),
+          "ut-seq": lambda *sizes: Transformer(*sizes, width=160, shared=True),
+          "lstm-small": lambda *sizes: LSTM(*sizes, width=64),
+          "transformer-seq-small": lambda *sizes: Transformer(*sizes, width=48)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sentences
+
+
+class Sentence(NamedTuple):
+    """text: the words, separated by spaces. verb: its index. forms: the verb's singular and plural, None if unknown.
+
+    attractors: nouns of the other number between subject and verb. distance: words from the subject to the verb.
+    Both are -1 where unknown.
+    """
+
+    text: str
+    verb: int
+    plural: bool
+    attractors: int
+    distance: int
+    forms: tuple
+
+
+def before_verb(sentence):
+    return tuple(sentence.text.split()[:sentence.verb])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Synthetic sentences. Number shows in the word alone: a noun with -s is plural, a verb with -s is singular.
+
+NOUNS = ("dog cat boy girl teacher student doctor nurse farmer pilot author singer painter driver guard king queen "
+         "actor lawyer banker baker hunter sailor soldier tourist visitor worker player coach judge key cup car house "
+         "table book picture letter tree river road bridge garden window door ship train machine engine lamp song "
+         "report plan idea law rule answer question building school").split()
+INTRANSITIVE = "run sleep laugh work wait arrive smile fall sing stay move return".split()
+TRANSITIVE = "see like know help follow visit admire avoid call want need remember chase praise".split()
+THINKING = "think say know believe hope claim".split()
+ADJECTIVES = "old young big small red tall famous quiet new strange kind happy".split()
+PREPOSITIONS = "near behind with beside under above from around for against".split()
+ADVERBS = "today often here there again now slowly quickly outside inside".split()
+
+
+class Grammar:
+    """Sentences with a hierarchical subject, from a small probabilistic grammar (DESIGN.md, section 5).
+
+        sentence -> [preposition nouns ,] [nouns think that] SUBJECT VERB [nouns] [adverb] .
+        nouns    -> the [adjective] noun [preposition nouns | that verb nouns | that nouns verb] [and the noun]
+
+    front, embed: how often a phrase or an embedding comes first. modify: how often a noun is modified; that falls by
+    the factor `decay` with each level of depth. Every clause's verb agrees with its own subject.
+    """
+
+    def __init__(self, seed, front, embed, modify, decay):
+        self.random, self.front, self.embed, self.modify, self.decay = random.Random(seed), front, embed, modify, decay
+
+    def pick(self, words):
+        return self.random.choices(words, weights=ZIPF[:len(words)])[0]
+
+    def coin(self, probability=0.5):
+        return self.random.random() < probability
+
+    def noun(self, plural):
+        return self.pick(NOUNS) + ("s" if plural else "")
+
+    def verb(self, words, plural):
+        return self.pick(words) + ("" if plural else "s")
+
+    def nouns(self, plural, modify):
+        """-> (words of a noun phrase whose head has that number, index of the head)."""
+        words = ["the"] + ([self.pick(ADJECTIVES)] if self.coin(0.2) else []) + [self.noun(plural)]
+        head = len(words) - 1
+        if self.coin(modify):
+            kind, deeper = self.random.random(), modify * self.decay
+            if kind < 0.5:
+                words += [self.pick(PREPOSITIONS), *self.distractor(deeper)]
+            elif kind < 0.75:
+                words += ["that", self.verb(TRANSITIVE, plural), *self.distractor(deeper)]
+            else:
+                other = self.coin()
+                words += ["that", *self.nouns(other, 0.6 * deeper)[0], self.verb(TRANSITIVE, other)]
+        return words, head
+
+    def distractor(self, modify):
+        words, _ = self.nouns(self.coin(), modify)
+        return words + (["and", "the", self.noun(self.coin())] if self.coin(0.1) else [])
+
+    def sentence(self):
+        """-> (words, index of the subject's head, index of the verb, whether they are plural)."""
+        words = []
+        if self.coin(self.front):
+            words += [self.pick(PREPOSITIONS), *self.distractor(0.4 * self.modify), ","]
+        if self.coin(self.embed):
+            plural = self.coin()
+            words += [*self.nouns(plural, 0.3 * self.modify)[0], self.verb(THINKING, plural), "that"]
+        plural = self.coin()
+        subject, head = self.nouns(plural, self.modify)
+        head += len(words)
+        words += subject
+        verb = len(words)
+        if self.coin(0.4):
+            words += [self.verb(TRANSITIVE, plural), *self.distractor(0.15)]
+        else:
+            words += [self.verb(INTRANSITIVE, plural)]
+        return words + ([self.pick(ADVERBS)] if self.coin(0.4) else []) + ["."], head, verb, plural
+
+
+ZIPF = [1 / (rank + 3) for rank in range(len(NOUNS))]
+
+
+def synthetic_sentences(examples, seed=0):
+    """{"train", "validation", "test": [Sentence]}: shallow training sentences, a deep test balanced over attractors.
+
+    `examples` training sentences, a tenth of that for validation and half of it in the test, 0, 1, 2, 3 and 4 or more
+    attractors in equal parts. No test sentence has the words before the verb of a training sentence.
+    """
+    number_of = {noun: False for noun in NOUNS} | {noun + "s": True for noun in NOUNS}
+
+    def draw(grammar):
+        words, head, verb, plural = grammar.sentence()
+        attractors = sum(number_of[word] != plural for word in words[head + 1:verb] if word in number_of)
+        lemma = words[verb] if plural else words[verb][:-1]
+        return Sentence(" ".join(words), verb, plural, attractors, verb - head, (lemma + "s", lemma))
+
+    shallow = Grammar(seed, front=0.15, embed=0.15, modify=0.35, decay=0.6)
+    deep = Grammar(seed + 1, front=0.4, embed=0.4, modify=0.9, decay=0.9)
+    train = [draw(shallow) for _ in range(examples)]
+    seen = {before_verb(sentence) for sentence in train}
+    validation = [draw(shallow) for _ in range(examples // 10)]
+    groups = {attractors: [] for attractors in range(MOST_ATTRACTORS + 1)}
+    wanted = max(1, examples // 10)
+    while any(len(group) < wanted for group in groups.values()):
+        sentence = draw(deep)
+        group = groups[min(sentence.attractors, MOST_ATTRACTORS)]
+        if len(group) < wanted and before_verb(sentence) not in seen:
+            group.append(sentence)
+            seen.add(before_verb(sentence))
+    return {"train": train, "validation": validation, "test": list(itertools.chain(*groups.values()))}
+
+
+# Real sentences: Linzen, Dupoux & Goldberg 2016 (arXiv 1611.01368), in either layout
+
+WHERE = "see Data in the README for where to get it"
+
+
+def read_lines(path):
+    """The lines of a text or .gz file, UTF-8; UserError with the line number where it can't be decoded."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="strict") as file:
+            number = 0
+            for number, line in enumerate(file, 1):
+                yield number, line.rstrip("\n")
+        if number == 0:
+            raise common.UserError(f"{path} is empty; {WHERE}")
+    except UnicodeDecodeError:
+        raise common.UserError(f"{path}, after line {number}: not UTF-8; {WHERE}") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise common.UserError(f"{path} can't be read ({error}); {WHERE}") from None
+
+
+def read_before_verbs(path, attractors):
+    """numpred.*: a line is VBZ or VBP, a tab, the words before the verb. The tag stands for the verb."""
+    sentences = []
+    for number, line in read_lines(path):
+        tag, tab, words = line.partition("\t")
+        if tag not in ("VBZ", "VBP") or not words.strip():
+            raise common.UserError(f"{path}, line {number}: expected VBZ or VBP, a tab and words, not {line[:40]!r}")
+        sentences.append(Sentence(f"{words} {tag}", len(words.split()), tag == "VBP", attractors, -1, ("VBZ", "VBP")))
+    return sentences
+
+
+def counterpart(verb, plural, vocabulary):
+    """The other number's form of `verb`, if it is in the vocabulary; else None."""
+    irregular = {"is": "are", "has": "have", "was": "were", "does": "do"}
+    if plural:
+        candidates = [singular for singular, form in irregular.items() if form == verb] or [
+            verb + "s", verb + "es", verb[:-1] + "ies"]
+    else:
+        candidates = [irregular[verb]] if verb in irregular else [verb[:-1], verb[:-2], verb[:-3] + "y"]
+    return next((form for form in candidates if form in vocabulary), None)
+
+
+TABLE_COLUMNS = ("sentence", "verb_pos", "verb_index", "n_diff_intervening", "distance")
+
+
+def read_table(path):
+    """agr_50_mostcommon_10K.tsv(.gz): a head line naming the columns, full sentences, indices from 1."""
+    lines = read_lines(path)
+    columns = next(lines)[1].split("\t")
+    if missing := [name for name in TABLE_COLUMNS if name not in columns]:
+        raise common.UserError(f"{path}, line 1: no column {', '.join(missing)}; {WHERE}")
+    at = [columns.index(name) for name in TABLE_COLUMNS]
+    sentences = []
+    for number, line in lines:
+        fields = line.split("\t")
+        try:
+            text, tag, verb, attractors, distance = (fields[column] for column in at)
+            words = text.split()
+            verb = int(verb) - 1
+            if tag not in ("VBZ", "VBP") or not 0 < verb < len(words):
+                raise ValueError
+            forms = (words[verb], None) if tag == "VBZ" else (None, words[verb])
+            sentences.append(Sentence(text, verb, tag == "VBP", int(attractors), int(distance), forms))
+        except (ValueError, IndexError):
+            raise common.UserError(f"{path}, line {number}: not a sentence of this table: {line[:40]!r}") from None
+    # Shuffled once, 10 % for training and 1 % for validation, as the paper had it.
+    random.Random(0).shuffle(sentences)
+    tenth, hundredth = len(sentences) // 10, max(1, len(sentences) // 100)
+    return {"train": sentences[:tenth], "validation": sentences[tenth:tenth + hundredth],
+            "test": sentences[tenth + hundredth:]}
+
+
+def find_linzen(folder):
+    """-> the files of the layout that is in `folder` (the table, or numpred.*), an empty list if there is none."""
+    tables = [folder / f"agr_50_mostcommon_10K.tsv{suffix}" for suffix in ("", ".gz")]
+    return [path for path in tables if path.is_file()][:1] or sorted(folder.glob("numpred.*"))
+
+
+def read_linzen(files):
+    """-> ({"train", "validation", "test": [Sentence]}, lines that say what was missing and what was done about it)."""
+    if not files[0].name.startswith("numpred."):
+        return read_table(files[0]), []
+    found, notes = {path.name: path for path in files}, []
+    if "numpred.train" not in found:
+        raise common.UserError(f"{files[0].parent} has no numpred.train, so there is nothing to train on; {WHERE}")
+    train = read_before_verbs(found["numpred.train"], -1)
+    if "numpred.val" in found:
+        validation = read_before_verbs(found["numpred.val"], -1)
+    else:
+        random.Random(0).shuffle(train)
+        held_out = max(1, len(train) // 20)
+        train, validation = train[held_out:], train[:held_out]
+        notes.append("numpred.val is missing: a twentieth of numpred.train validates instead")
+    tests = [f"numpred.test.{attractors}" for attractors in range(6)]
+    if missing := [name for name in tests if name not in found]:
+        notes.append(f"{', '.join(missing)} missing: no figures for that number of attractors")
+    test = [sentence for name in tests if name in found for sentence in read_before_verbs(found[name], int(name[-1]))]
+    if not test:
+        raise common.UserError(f"{files[0].parent} has no numpred.test.0 .. .5, so there is nothing to test; {WHERE}")
+    return {"train": train, "validation": validation, "test": test}, notes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tensors: all sentences of a split end to end in one row of tokens
+
+
+class Split(NamedTuple):
+    """tokens: (all words,) int32. The rest is (sentences,) int64, `forms` (sentences, 2): the verb's token numbers.
+
+    starts and lengths stay on the CPU, so that asking for a batch's longest sentence doesn't make a GPU wait.
+    """
+
+    tokens: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    verb: torch.Tensor
+    labels: torch.Tensor  # 0 singular, 1 plural
+    attractors: torch.Tensor
+    distance: torch.Tensor
+    forms: torch.Tensor
+
+    def batch(self, sentences):
+        """sentences: (n,) int64 on the CPU -> tokens (n, longest), 0 on the right, and lengths (n,), on the device."""
+        device, lengths = self.tokens.device, self.lengths[sentences]
+        position = torch.arange(int(lengths.max()), device=device)
+        starts, lengths = self.starts[sentences].to(device), lengths.to(device)
+        inside = position < lengths[:, None]
+        return self.tokens[(starts[:, None] + position) * inside].long() * inside, lengths
+
+    def to(self, device):
+        return Split(*(t if name in ("starts", "lengths") else t.to(device) for name, t in self._asdict().items()))
+
+
+def make_vocabulary(sentences):
+    """{word: token number} of the most frequent words of the training sentences."""
+    counts = Counter(itertools.chain.from_iterable(sentence.text.split() for sentence in sentences))
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))[:VOCABULARY_SIZE]
+    return {word: number for number, word in enumerate(ranked, END + 1)}
+
+
+def encode(sentences, vocabulary, objective):
+    """-> (Split, number of sentences left out for want of the verb's other form).
+
+    For classification the words before the verb; for a language model START, the whole sentence, END.
+    """
+    tokens, rows, left_out = array("i"), [], 0
+    for sentence in sentences:
+        words, forms = sentence.text.split(), sentence.forms
+        if objective == "lm":
+            verb = words[sentence.verb]
+            if None in forms:
+                forms = [form or counterpart(verb, sentence.plural, vocabulary) for form in forms]
+            if not all(form in vocabulary for form in forms):
+                left_out += 1
+                continue
+        start = len(tokens)
+        if objective == "lm":
+            tokens.append(START)
+            tokens.extend(vocabulary.get(word, UNKNOWN) for word in words)
+            tokens.append(END)
+        else:
+            tokens.extend(vocabulary.get(word, UNKNOWN) for word in words[:sentence.verb])
+        rows.append((start, len(tokens) - start, sentence.verb, sentence.plural, sentence.attractors,
+                     sentence.distance, *(vocabulary.get(form, UNKNOWN) for form in forms)))
+    columns = torch.tensor(rows, dtype=torch.long).reshape(-1, 8)
+    return Split(torch.tensor(tokens, dtype=torch.int32), *columns[:, :6].T.contiguous(), columns[:, 6:]), left_out
+
+
+def batches_by_length(lengths, batch_size, generator):
+    """One epoch as a list of batches (batch_size,) of sentence numbers, each of similar lengths, in random order.
+
+    The sentences are shuffled and cut into windows of 50 batches; within a window they are sorted by length, which
+    leaves little padding and much chance. The incomplete last batch is left out.
+    """
+    order = torch.randperm(len(lengths), generator=generator)
+    window = torch.arange(len(order)) // (50 * batch_size)
+    order = order[torch.argsort(window * (int(lengths.max()) + 1) + lengths[order], stable=True)]
+    batches = order.split(batch_size)[:max(1, len(order) // batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def build_model(name, seed, vocabulary_size, objective):
+    """A new model whose initial weights depend on (name, seed) and the sizes alone, on every device."""
+    common.seed_everything(seed)
+    return MODELS[name](vocabulary_size, vocabulary_size if objective == "lm" else 2)
+
+
+def next_word_logits(model, tokens, lengths):
+    """-> logits (words to predict, vocabulary) and those words' numbers; padding is left out before the big product."""
+    states = model.states(tokens[:, :-1], lengths - 1)
+    real = tokens[:, 1:] != PAD
+    return model.head(states[real]), tokens[:, 1:][real]
+
+
+@torch.no_grad()
+def evaluate(model, split, objective, amp, device):
+    """What `model`, in eval mode, says of every sentence, in the split's order, float32 on the CPU.
+
+    -> logits (sentences, 2) of singular and plural (for a language model the log-probabilities of the verb's two
+    forms), the states they were read from (sentences, width), and perplexity per word (None for a classifier).
+    """
+    was_training = model.training
+    model.eval()
+    order = split.lengths.argsort(stable=True)
+    logits, representations, loss, words = [], [], 0.0, 0
+    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        for part in order.split(256):
+            tokens, lengths = split.batch(part)
+            if objective == "lm":
+                on_device = part.to(device)
+                states = model.states(tokens[:, :-1], lengths - 1)
+                real = tokens[:, 1:] != PAD
+                log_probabilities = model.head(states[real]).float().log_softmax(dim=-1)
+                loss -= log_probabilities.gather(1, tokens[:, 1:][real][:, None]).double().sum()
+                words += len(log_probabilities)
+                state = state_at(states, split.verb[on_device])
+                at_verb = model.head(state).float().log_softmax(dim=-1)
+                logits.append(at_verb.gather(1, split.forms[on_device]))
+            else:
+                state = model.represent(tokens, lengths)
+                logits.append(model.head(state).float())
+            representations.append(state.float())
+    model.train(was_training)
+    back = order.argsort()
+    perplexity = torch.exp(loss / words).item() if objective == "lm" else None
+    return torch.cat(logits).cpu()[back], torch.cat(representations).cpu()[back], perplexity
+
+
+def agreement_metrics(logits, labels, attractors, distance):
+    """Accuracy (micro), A-accuracy and D-accuracy, 0..1, with the groups behind them, ECE, NLL in nats, n.
+
+    Abnar et al. 2020, sec. 3.1: A-accuracy is the mean of the accuracies at 0, 1, 2, 3 and 4 or more attractors,
+    D-accuracy that over distances 1..16; groups without a sentence are left out; None where all are unknown.
+    """
+    correct = (logits.argmax(dim=1) == labels).double()
+
+    def by_group(groups, first, last):
+        return {str(group): correct[groups == group].mean().item()
+                for group in range(first, last + 1) if (groups == group).any()}
+
+    by_attractors = by_group(attractors.clamp(max=MOST_ATTRACTORS), 0, MOST_ATTRACTORS)
+    by_distance = by_group(distance, 1, LONGEST_DISTANCE)
+
+    def mean(groups):
+        return sum(groups.values()) / len(groups) if groups else None
+
+    return {**common.classification_metrics(logits, labels), "a_accuracy": mean(by_attractors),
+            "d_accuracy": mean(by_distance), "accuracy_by_attractors": by_attractors or None,
+            "accuracy_by_distance": by_distance or None}
+
+
+def train(config, data, vocabulary_size, args, teacher=None, teacher_logits=None):
+    """Train what `config` describes; -> (models, history, snapshots, timing), as in train_mnist.py.
+
+    The offline teacher: for a classifier `teacher_logits` (sentences, 2), by sentence; for a language model, whose
+    logits over the vocabulary would not fit, the `teacher` itself, asked batch by batch.
+    """
+    objective, split, device = config["objective"], data["train"], args.device
+    models = {"student": build_model(config["student"], config["seed"], vocabulary_size, objective)}
+    if config["kd"] == "online":
+        models["teacher"] = build_model(config["teacher"], config["teacher_seed"], vocabulary_size, objective)
+    steps = max(1, len(split.lengths) // config["batch_size"])
+    optimizers = []
+    for name, model in models.items():
+        model.to(device).train()
+        if args.compile:
+            model.states = torch.compile(model.states, dynamic=True)
+        recipe = config if name == "student" else {key: config[f"teacher_{key}"] for key in RECIPE}
+        optimizers.append(make_optimizer(model, recipe, config["epochs"] * steps))
+    common.seed_everything(config["seed"])  # dropout
+    order = torch.Generator().manual_seed(config["seed"])
+
+    def outputs_of(model, tokens, lengths):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            if objective == "lm":
+                return next_word_logits(model, tokens, lengths)[0]
+            return model.head(model.represent(tokens, lengths))
+
+    def loss_of(batch):
+        tokens, lengths = split.batch(batch)
+        labels = tokens[:, 1:][tokens[:, 1:] != PAD] if objective == "lm" else split.labels[batch.to(device)]
+        logits = outputs_of(models["student"], tokens, lengths)
+        if config["kd"] is None:
+            return F.cross_entropy(logits.float(), labels)
+        if config["kd"] == "online":
+            soft_labels = outputs_of(models["teacher"], tokens, lengths)
+        elif objective == "lm":
+            with torch.no_grad():
+                soft_labels = outputs_of(teacher, tokens, lengths)
+        else:
+            soft_labels = teacher_logits[batch.to(device)]
+        loss = common.kd_loss(logits, soft_labels, labels, config["temperature"], config["alpha"])
+        if config["kd"] == "online":
+            loss = loss + F.cross_entropy(soft_labels.float(), labels)  # reaches the teacher alone
+        return loss
+
+    progress = common.Progress(config["epochs"], args.quiet)
+    history, snapshots, training_seconds = [], {}, 0.0
+    for epoch in range(config["epochs"] + 1):
+        if epoch > 0:
+            start, total_loss = time.perf_counter(), 0.0
+            batches = batches_by_length(split.lengths, config["batch_size"], order)
+            for done, batch in enumerate(batches, 1):
+                loss = loss_of(batch)
+                for optimizer, _ in optimizers:
+                    optimizer.zero_grad()
+                loss.backward()
+                for model in models.values():
+                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                for optimizer, schedule in optimizers:
+                    optimizer.step()
+                    schedule.step()
+                total_loss += loss.detach()  # no .item(): it would make the device wait in every step
+                progress.step(epoch, done, steps)
+            mean_loss = float(total_loss) / steps
+            seconds = time.perf_counter() - start
+            training_seconds += seconds
+            logits, _, _ = evaluate(models["student"], data["validation"], objective, args.amp, device)
+            accuracy = (logits.argmax(dim=1) == data["validation"].labels.cpu()).float().mean().item()
+            history.append({"epoch": epoch, "loss": mean_loss, "validation_accuracy": accuracy, "seconds": seconds})
+            progress.epoch(epoch, mean_loss, accuracy, seconds)
+            if not mean_loss < float("inf"):
+                raise common.UserError(f"the loss is {mean_loss} in epoch {epoch}: nothing is kept; try a lower --lr")
+        if epoch & (epoch - 1) == 0 or epoch == config["epochs"]:  # 0, 1, 2, 4, 8 ... and the last
+            snapshots[epoch] = evaluate(models["student"], data["probe"], objective, args.amp, device)[1]
+    words = config["epochs"] * int(split.lengths.sum())
+    return models, history, snapshots, {"training": training_seconds,
+                                        "examples_per_second": config["epochs"] * len(split.lengths) / training_seconds,
+                                        "tokens_per_second": words / training_seconds}
+
+
+def make_optimizer(model, recipe, steps):
+    """AdamW and its one-cycle schedule over `steps` steps."""
+    fused = next(model.parameters()).device.type != "mps"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=recipe["weight_decay"], fused=fused)
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=steps, pct_start=0.25)
+
+
+def test_model(model, data, config, args):
+    """-> ({"test": metrics}, arrays for outputs.npz)."""
+    split = data["test"]
+    logits, _, perplexity = evaluate(model, split, config["objective"], args.amp, args.device)
+    labels, attractors, distance = split.labels.cpu(), split.attractors.cpu(), split.distance.cpu()
+    metrics = agreement_metrics(logits, labels, attractors, distance)
+    if perplexity is not None:
+        metrics["perplexity"] = perplexity
+    return {"test": metrics}, {"test_logits": logits, "test_labels": labels, "test_attractors": attractors,
+                               "test_distance": distance}
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run(config, data, described, vocabulary_size, directory, args, timing, teacher=None, teacher_logits=None,
+        teacher_record=None):
+    """Train, test and save one run; -> its record, as in run.json."""
+    if not args.quiet:
+        print(f"\n{common.run_name(config)}, seed {config['seed']}: {config['epochs']} epochs of "
+              f"{len(data['train'].lengths):,} sentences in batches of {config['batch_size']}")
+    models, history, snapshots, training_timing = train(config, data, vocabulary_size, args, teacher, teacher_logits)
+    start = time.perf_counter()
+    metrics, outputs = test_model(models["student"], data, config, args)
+    outputs |= {"probe_epochs": list(snapshots), "probe_representations": torch.stack(list(snapshots.values()))}
+    record = {"config": config, "data": described,
+              "environment": common.describe_environment(args.device, args.amp, args.compile),
+              "parameters": {role: count_parameters(model) for role, model in models.items()},
+              "history": history, "metrics": metrics}
+    if config["kd"] == "online":
+        record["teacher_metrics"], teacher_outputs = test_model(models["teacher"], data, config, args)
+        outputs["teacher_test_logits"] = teacher_outputs["test_logits"]
+    elif config["kd"] == "offline":
+        record["teacher_metrics"] = teacher_record["metrics"]
+        record["parameters"]["teacher"] = teacher_record["parameters"]["student"]
+    record["timing"] = {**timing, **training_timing, "evaluation": time.perf_counter() - start}
+    common.save_run(directory, record, outputs, models["student"].state_dict())
+    if not args.quiet:
+        print(f"written to {directory}")
+    return record
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_arguments(argv):
+    description, commands = __doc__.split("\n\n")[:2]
+    parser = common.OneLineParser(description=description, epilog=f"examples:\n{commands}", allow_abbrev=False,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_shared_arguments(parser, list(MODELS), "transformer-seq", TEMPERATURE["classification"])
+    parser.add_argument("--objective", choices=["classification", "lm"], default="classification",
+                        help="the verb's number from the words before it, or the next word (default: %(default)s)")
+    parser.add_argument("--data", choices=["auto", "linzen", "synthetic"], default="auto",
+                        help="auto: the real sentences if they are in --data-dir, else sentences of a grammar")
+    parser.add_argument("--examples", type=common.number(int, 50, 1_000_000), default=10_000,
+                        help="synthetic training sentences (default: %(default)s)")
+    args = parser.parse_args(argv)
+    common.check_shared_arguments(parser, args, TEMPERATURE[args.objective])
+    if args.objective == "lm" and "transformer" in (args.student, args.teacher):
+        parser.error("transformer sees the words it would have to predict: --objective lm needs transformer-seq, "
+                     "ut-seq or lstm")
+    return args
+
+
+def find_data(args):
+    """-> (source, [files]): what --data asks for, UserError where it can't be had."""
+    if args.data_dir is not None and not args.data_dir.is_dir():
+        raise common.UserError(f"--data-dir {args.data_dir}: no such folder; make it, or leave the flag out")
+    if args.data == "synthetic":
+        return "synthetic", []
+    folder = args.data_dir or Path("data")
+    if files := find_linzen(folder):
+        return "linzen", files
+    missing = f"neither agr_50_mostcommon_10K.tsv(.gz) nor numpred.train is in {folder}"
+    if args.data == "linzen":
+        raise common.UserError(f"{missing}; {WHERE}, or use --data synthetic")
+    print(f"\n*** WARNING: {missing}.\n*** Using SYNTHETIC sentences of a grammar: "
+          "no figure of this run is about English.\n", file=sys.stderr, flush=True)
+    return "synthetic", []
+
+
+def make_data(source, files, args):
+    """-> ({"train", "validation", "test", "probe": Split}, vocabulary size, what is in them, notes for the reader).
+
+    Real sentences, once read, are kept as tensors below --out; the copy is made anew when a file or a flag changes.
+    """
+    cache = None
+    if source == "linzen":
+        key = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        key = json.dumps([key, args.objective, VOCABULARY_SIZE])
+        cache = args.out / "cache" / f"sva-{args.objective}-{zlib.crc32(key.encode()):08x}.pt"
+        if cache.is_file():
+            try:
+                kept = torch.load(cache, weights_only=True)
+                if kept["key"] == key:
+                    splits = {name: Split(*tensors).to(args.device) for name, tensors in kept["splits"].items()}
+                    return splits, kept["vocabulary_size"], kept["described"], kept["notes"]
+            except Exception:  # a damaged cache is no cache
+                pass
+        sentences, notes = read_linzen(files)
+    else:
+        sentences, notes = synthetic_sentences(args.examples), []
+    vocabulary = make_vocabulary(sentences["train"])
+    splits, left_out = {}, 0
+    for name, part in sentences.items():
+        splits[name], out = encode(part, vocabulary, args.objective)
+        left_out += out
+    if any(len(split.lengths) == 0 for split in splits.values()):
+        empty = ", ".join(name for name, split in splits.items() if len(split.lengths) == 0)
+        raise common.UserError(f"no sentence is left for {empty}; use more --examples or other files")
+    if left_out:
+        notes.append(f"{left_out:,} sentences left out: the verb's other form is not in the vocabulary")
+    chosen = torch.randperm(len(splits["test"].lengths), generator=torch.Generator().manual_seed(0))[:PROBE_SIZE]
+    splits["probe"] = Split(splits["test"].tokens, *(column[chosen] for column in splits["test"][1:]))
+    described = {"source": source, **{name: len(split.lengths) for name, split in splits.items()},
+                 "vocabulary": len(vocabulary), "left_out": left_out, "files": [path.name for path in files]}
+    size = len(vocabulary) + END + 1
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+        torch.save({"key": key, "splits": {name: tuple(split) for name, split in splits.items()},
+                    "vocabulary_size": size, "described": described, "notes": notes}, temporary)
+        os.replace(temporary, cache)
+    return {name: split.to(args.device) for name, split in splits.items()}, size, described, notes
+
+
+def plain_config(model, seed, source, args):
+    """The configuration of a run without distillation; a teacher's configuration is this too."""
+    recipe = {key: getattr(args, key, None) or value for key, value in RECIPE.items()}
+    data = {"data": source, "examples": args.examples} if source == "synthetic" else {"data": source}
+    return {"task": "sva", "objective": args.objective, **data, "student": model, "seed": seed, "kd": None, **recipe}
+
+
+def print_table(record):
+    """Accuracy, A-accuracy, D-accuracy, ECE, NLL and perplexity of teacher and student."""
+    config = record["config"]
+    rows = [("student", config["student"], record["metrics"]["test"])]
+    if config["kd"]:
+        rows.insert(0, ("teacher", config["teacher"], record["teacher_metrics"]["test"]))
+    columns = {"accuracy": "accuracy", "a_accuracy": "A-accuracy", "d_accuracy": "D-accuracy", "ece": "ECE",
+               "nll": "NLL"}
+    if config["objective"] == "lm":
+        columns["perplexity"] = "perplexity"
+    groups = rows[0][2]["accuracy_by_attractors"] or {}
+    print(f"\n{'data: ' + config['data']:<32}" + "".join(f"{title:<12}" for title in columns.values())
+          + "".join(f"{group + ' attr.':<9}" for group in groups))
+    for role, model, metrics in rows:
+        values = [metrics[name] for name in columns]
+        print(f"{role + ' ' + model:<32}" + "".join(f"{'-' if v is None else f'{v:.4f}':<12}" for v in values)
+              + "".join(f"{value:<9.4f}" for value in (metrics["accuracy_by_attractors"] or {}).values()))
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    args.device = common.choose_device(args.device)
+    args.amp = common.has_bfloat16(args.device) if args.amp is None else args.amp
+    start = time.perf_counter()
+    source, files = find_data(args)
+    root = args.out / f"sva-{'lm-' if args.objective == 'lm' else ''}{source}"
+
+    config = plain_config(args.student, args.seed, source, args)
+    if args.kd:
+        teacher_config = plain_config(args.teacher, args.teacher_seed, source, args)
+        teacher_directory = root / args.teacher / f"seed{args.teacher_seed}"
+        config |= {key: getattr(args, key) for key in ("kd", "teacher", "teacher_seed", "temperature", "alpha")}
+        config |= {f"teacher_{key}": teacher_config[key] for key in RECIPE}
+    directory = root / common.run_name(config) / f"seed{args.seed}"
+    record = common.finished_run(directory, config, args.force)
+    if record is not None:
+        if not args.quiet:
+            environment = record["environment"]
+            print(f"{directory} is finished already ({environment['finished']}, {environment['hardware']}, "
+                  f"{environment['precision']}); --force repeats it")
+            print_table(record)
+        return
+
+    teacher = teacher_record = teacher_logits = None
+    if args.kd == "offline":
+        remedy = "delete it to have the teacher trained again, or choose another --out"
+        teacher_record = common.finished_run(teacher_directory, teacher_config, remedy=remedy)
+    common.check_writable(directory.parent)
+    data, vocabulary_size, described, notes = make_data(source, files, args)
+    timing = {"data": time.perf_counter() - start, "teacher": 0.0, "teacher_logits": 0.0}
+    if not args.quiet:
+        models = dict.fromkeys([args.student] + [args.teacher] * (args.kd is not None))
+        sizes = (f"{name} {count_parameters(build_model(name, 0, vocabulary_size, args.objective)):,} parameters"
+                 for name in models)
+        print(f"models: {', '.join(sizes)}\ndevice: {args.device}, {'bfloat16' if args.amp else 'float32'}\n"
+              f"data: {source}, " + ", ".join(f"{value:,} {name}" for name, value in described.items()
+                                              if isinstance(value, int)))
+        for note in notes:
+            print(f"note: {note}")
+
+    if args.kd == "offline":
+        start = time.perf_counter()
+        if teacher_record is None:
+            teacher_record = run(teacher_config, data, described, vocabulary_size, teacher_directory, args, timing)
+        teacher = build_model(args.teacher, args.teacher_seed, vocabulary_size, args.objective)
+        teacher = common.load_weights(teacher, teacher_directory).to(args.device).eval().requires_grad_(False)
+        timing["teacher"] = time.perf_counter() - start
+        if args.objective == "classification":
+            start = time.perf_counter()
+            teacher_logits = evaluate(teacher, data["train"], args.objective, args.amp, args.device)[0].to(args.device)
+            timing["teacher_logits"] = time.perf_counter() - start
+    record = run(config, data, described, vocabulary_size, directory, args, timing, teacher, teacher_logits,
+                 teacher_record)
+    if not args.quiet:
+        print_table(record)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
