@@ -30,12 +30,16 @@ import torch.nn.functional as F
 
 import common
 
-# The same recipe for every setup of a model, distilled or not.
-RECIPE = {"epochs": 12, "batch_size": 64, "lr": 2e-3, "weight_decay": 0.01}
+# The same recipe for every setup of a model, distilled or not. Chosen on sentences of another seed of the grammar.
+RECIPES = {"classification": {"lstm": {"epochs": 12, "batch_size": 128, "lr": 3e-3, "weight_decay": 0.01},
+                              "transformer": {"epochs": 12, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.01}},
+           "lm": {"lstm": {"epochs": 12, "batch_size": 32, "lr": 6e-3, "weight_decay": 0.01},
+                  "transformer": {"epochs": 12, "batch_size": 64, "lr": 2e-3, "weight_decay": 0.01}}}
 TEMPERATURE = {"classification": 2.0, "lm": 1.0}
 VOCABULARY_SIZE = 10_000
 PAD, UNKNOWN, START, END = range(4)  # token numbers; the words' numbers follow
 MOST_ATTRACTORS, LONGEST_DISTANCE = 4, 16  # the groups of A-accuracy (4 means 4 and more) and D-accuracy
+PIECE = 1024  # answers whose logits are computed at a time
 PROBE_SIZE = 1000  # test sentences whose representations are kept
 
 
@@ -180,11 +184,14 @@ class Grammar:
         nouns    -> the [adjective] noun [preposition nouns | that verb nouns | that nouns verb] [and the noun]
 
     front, embed: how often a phrase or an embedding comes first. modify: how often a noun is modified; that falls by
-    the factor `decay` with each level of depth. Every clause's verb agrees with its own subject.
+    the factor `decay` with each level of depth. alike: how often a noun has the number of the noun it depends on, as
+    nouns of one text often do: deep sentences without an attractor. slip: how often a verb disagrees with its own
+    subject, as in real text, where writers and parsers err; it is 0 in the test.
     """
 
-    def __init__(self, seed, front, embed, modify, decay):
+    def __init__(self, seed, front, embed, modify, decay, alike, slip):
         self.random, self.front, self.embed, self.modify, self.decay = random.Random(seed), front, embed, modify, decay
+        self.alike, self.slip = alike, slip
 
     def pick(self, words):
         return self.random.choices(words, weights=ZIPF[:len(words)])[0]
@@ -196,7 +203,7 @@ class Grammar:
         return self.pick(NOUNS) + ("s" if plural else "")
 
     def verb(self, words, plural):
-        return self.pick(words) + ("" if plural else "s")
+        return self.pick(words) + ("" if plural != self.coin(self.slip) else "s")
 
     def nouns(self, plural, modify):
         """-> (words of a noun phrase whose head has that number, index of the head)."""
@@ -205,45 +212,48 @@ class Grammar:
         if self.coin(modify):
             kind, deeper = self.random.random(), modify * self.decay
             if kind < 0.5:
-                words += [self.pick(PREPOSITIONS), *self.distractor(deeper)]
+                words += [self.pick(PREPOSITIONS), *self.distractor(plural, deeper)]
             elif kind < 0.75:
-                words += ["that", self.verb(TRANSITIVE, plural), *self.distractor(deeper)]
+                words += ["that", self.verb(TRANSITIVE, plural), *self.distractor(plural, deeper)]
             else:
-                other = self.coin()
+                other = plural == self.coin(self.alike)
                 words += ["that", *self.nouns(other, 0.6 * deeper)[0], self.verb(TRANSITIVE, other)]
         return words, head
 
-    def distractor(self, modify):
-        words, _ = self.nouns(self.coin(), modify)
-        return words + (["and", "the", self.noun(self.coin())] if self.coin(0.1) else [])
+    def distractor(self, plural, modify):
+        """-> words of a noun phrase below a noun of that number, now and then with a second noun joined by "and"."""
+        other = plural == self.coin(self.alike)
+        words, _ = self.nouns(other, modify)
+        return words + (["and", "the", self.noun(other == self.coin(self.alike))] if self.coin(0.1) else [])
 
     def sentence(self):
-        """-> (words, index of the subject's head, index of the verb, whether they are plural)."""
-        words = []
+        """-> (words, index of the subject's head, index of the verb, whether the head is plural)."""
+        words, plural = [], self.coin()
         if self.coin(self.front):
-            words += [self.pick(PREPOSITIONS), *self.distractor(0.4 * self.modify), ","]
+            words += [self.pick(PREPOSITIONS), *self.distractor(plural, 0.4 * self.modify), ","]
         if self.coin(self.embed):
-            plural = self.coin()
-            words += [*self.nouns(plural, 0.3 * self.modify)[0], self.verb(THINKING, plural), "that"]
-        plural = self.coin()
+            other = plural == self.coin(self.alike)
+            words += [*self.nouns(other, 0.3 * self.modify)[0], self.verb(THINKING, other), "that"]
         subject, head = self.nouns(plural, self.modify)
         head += len(words)
         words += subject
         verb = len(words)
         if self.coin(0.4):
-            words += [self.verb(TRANSITIVE, plural), *self.distractor(0.15)]
+            words += [self.verb(TRANSITIVE, plural), *self.distractor(plural, 0.15)]
         else:
             words += [self.verb(INTRANSITIVE, plural)]
         return words + ([self.pick(ADVERBS)] if self.coin(0.4) else []) + ["."], head, verb, plural
 
 
 ZIPF = [1 / (rank + 3) for rank in range(len(NOUNS))]
+TRAIN_GRAMMAR = {"front": 0.3, "embed": 0.3, "modify": 0.7, "decay": 0.8, "alike": 0.85, "slip": 0.1}
+TEST_GRAMMAR = {"front": 0.4, "embed": 0.4, "modify": 0.9, "decay": 0.9, "alike": 0.5, "slip": 0.0}
 
 
 def synthetic_sentences(examples, seed=0):
-    """{"train", "validation", "test": [Sentence]}: shallow training sentences, a deep test balanced over attractors.
+    """{"train", "validation", "test": [Sentence]}: mostly easy training sentences, a test balanced over attractors.
 
-    `examples` training sentences, a tenth of that for validation and half of it in the test, 0, 1, 2, 3 and 4 or more
+    The label is the number the verb shows. `examples` training sentences, a tenth of that for validation and half of it in the test, 0, 1, 2, 3 and 4 or more
     attractors in equal parts. No test sentence has the words before the verb of a training sentence.
     """
     number_of = {noun: False for noun in NOUNS} | {noun + "s": True for noun in NOUNS}
@@ -251,14 +261,13 @@ def synthetic_sentences(examples, seed=0):
     def draw(grammar):
         words, head, verb, plural = grammar.sentence()
         attractors = sum(number_of[word] != plural for word in words[head + 1:verb] if word in number_of)
-        lemma = words[verb] if plural else words[verb][:-1]
-        return Sentence(" ".join(words), verb, plural, attractors, verb - head, (lemma + "s", lemma))
+        lemma = words[verb].removesuffix("s")
+        return Sentence(" ".join(words), verb, words[verb] == lemma, attractors, verb - head, (lemma + "s", lemma))
 
-    shallow = Grammar(seed, front=0.15, embed=0.15, modify=0.35, decay=0.6)
-    deep = Grammar(seed + 1, front=0.4, embed=0.4, modify=0.9, decay=0.9)
-    train = [draw(shallow) for _ in range(examples)]
+    easy, deep = Grammar(seed, **TRAIN_GRAMMAR), Grammar(seed + 1, **TEST_GRAMMAR)
+    train = [draw(easy) for _ in range(examples)]
     seen = {before_verb(sentence) for sentence in train}
-    validation = [draw(shallow) for _ in range(examples // 10)]
+    validation = [draw(easy) for _ in range(examples // 10)]
     groups = {attractors: [] for attractors in range(MOST_ATTRACTORS + 1)}
     wanted = max(1, examples // 10)
     while any(len(group) < wanted for group in groups.values()):
@@ -461,11 +470,12 @@ def build_model(name, seed, vocabulary_size, objective):
     return MODELS[name](vocabulary_size, vocabulary_size if objective == "lm" else 2)
 
 
-def next_word_logits(model, tokens, lengths):
-    """-> logits (words to predict, vocabulary) and those words' numbers; padding is left out before the big product."""
+def answer_states(model, tokens, lengths, objective):
+    """What the last layer reads its answers from, (answers, width): one a sentence, or one a word to predict."""
+    if objective == "classification":
+        return model.represent(tokens, lengths)
     states = model.states(tokens[:, :-1], lengths - 1)
-    real = tokens[:, 1:] != PAD
-    return model.head(states[real]), tokens[:, 1:][real]
+    return states[tokens[:, 1:] != PAD]  # padding is left out before the big product
 
 
 @torch.no_grad()
@@ -486,9 +496,9 @@ def evaluate(model, split, objective, amp, device):
                 on_device = part.to(device)
                 states = model.states(tokens[:, :-1], lengths - 1)
                 real = tokens[:, 1:] != PAD
-                log_probabilities = model.head(states[real]).float().log_softmax(dim=-1)
-                loss -= log_probabilities.gather(1, tokens[:, 1:][real][:, None]).double().sum()
-                words += len(log_probabilities)
+                for piece, next_words in zip(states[real].split(PIECE), tokens[:, 1:][real].split(PIECE)):
+                    loss += F.cross_entropy(model.head(piece).float(), next_words, reduction="sum").double()
+                words += int(real.sum())
                 state = state_at(states, split.verb[on_device])
                 at_verb = model.head(state).float().log_softmax(dim=-1)
                 logits.append(at_verb.gather(1, split.forms[on_device]))
@@ -533,42 +543,53 @@ def train(config, data, vocabulary_size, args, teacher=None, teacher_logits=None
     """
     objective, split, device = config["objective"], data["train"], args.device
     models = {"student": build_model(config["student"], config["seed"], vocabulary_size, objective)}
+    recipes = {"student": config}
     if config["kd"] == "online":
         models["teacher"] = build_model(config["teacher"], config["teacher_seed"], vocabulary_size, objective)
+        recipes["teacher"] = {key.removeprefix("teacher_"): value for key, value in config.items()}
     steps = max(1, len(split.lengths) // config["batch_size"])
     optimizers = []
     for name, model in models.items():
         model.to(device).train()
         if args.compile:
             model.states = torch.compile(model.states, dynamic=True)
-        recipe = config if name == "student" else {key: config[f"teacher_{key}"] for key in RECIPE}
-        optimizers.append(make_optimizer(model, recipe, config["epochs"] * steps))
+        optimizers.append(make_optimizer(model, recipes[name], config["epochs"] * steps))
     common.seed_everything(config["seed"])  # dropout
     order = torch.Generator().manual_seed(config["seed"])
+    readers = models if teacher is None else models | {"teacher": teacher}
 
-    def outputs_of(model, tokens, lengths):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            if objective == "lm":
-                return next_word_logits(model, tokens, lengths)[0]
-            return model.head(model.represent(tokens, lengths))
+    def backward(batch):
+        """Give the models the gradients of a batch's loss; -> the loss.
 
-    def loss_of(batch):
+        The last layer sees PIECE answers at a time and gives back its gradient before the next piece comes, so that
+        of a language model's (words, vocabulary) logits no more than a piece of student's and teacher's ever exists.
+        """
         tokens, lengths = split.batch(batch)
-        labels = tokens[:, 1:][tokens[:, 1:] != PAD] if objective == "lm" else split.labels[batch.to(device)]
-        logits = outputs_of(models["student"], tokens, lengths)
-        if config["kd"] is None:
-            return F.cross_entropy(logits.float(), labels)
-        if config["kd"] == "online":
-            soft_labels = outputs_of(models["teacher"], tokens, lengths)
-        elif objective == "lm":
-            with torch.no_grad():
-                soft_labels = outputs_of(teacher, tokens, lengths)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            states = {name: answer_states(model, tokens, lengths, objective) for name, model in readers.items()}
+        if objective == "lm":
+            labels, soft_labels = tokens[:, 1:][tokens[:, 1:] != PAD], None
         else:
-            soft_labels = teacher_logits[batch.to(device)]
-        loss = common.kd_loss(logits, soft_labels, labels, config["temperature"], config["alpha"])
-        if config["kd"] == "online":
-            loss = loss + F.cross_entropy(soft_labels.float(), labels)  # reaches the teacher alone
-        return loss
+            labels = split.labels[batch.to(device)]
+            soft_labels = None if teacher_logits is None else teacher_logits[batch.to(device)]
+        leaves = {name: state.detach().requires_grad_(name in models) for name, state in states.items()}
+        total = 0.0
+        for first in range(0, len(labels), PIECE):
+            piece = slice(first, first + PIECE)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                logits = {name: readers[name].head(leaf[piece]).float() for name, leaf in leaves.items()}
+            if config["kd"] is None:
+                loss = F.cross_entropy(logits["student"], labels[piece])
+            else:
+                soft = logits["teacher"] if soft_labels is None else soft_labels[piece]
+                loss = common.kd_loss(logits["student"], soft, labels[piece], config["temperature"], config["alpha"])
+            if config["kd"] == "online":  # reaches the teacher alone
+                loss = loss + F.cross_entropy(logits["teacher"], labels[piece])
+            loss = loss * (len(labels[piece]) / len(labels))
+            loss.backward()
+            total += loss.detach()
+        torch.autograd.backward([states[name] for name in models], [leaves[name].grad for name in models])
+        return total
 
     progress = common.Progress(config["epochs"], args.quiet)
     history, snapshots, training_seconds = [], {}, 0.0
@@ -577,16 +598,15 @@ def train(config, data, vocabulary_size, args, teacher=None, teacher_logits=None
             start, total_loss = time.perf_counter(), 0.0
             batches = batches_by_length(split.lengths, config["batch_size"], order)
             for done, batch in enumerate(batches, 1):
-                loss = loss_of(batch)
                 for optimizer, _ in optimizers:
                     optimizer.zero_grad()
-                loss.backward()
+                loss = backward(batch)
                 for model in models.values():
                     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 for optimizer, schedule in optimizers:
                     optimizer.step()
                     schedule.step()
-                total_loss += loss.detach()  # no .item(): it would make the device wait in every step
+                total_loss += loss  # no .item(): it would make the device wait in every step
                 progress.step(epoch, done, steps)
             mean_loss = float(total_loss) / steps
             seconds = time.perf_counter() - start
@@ -742,7 +762,8 @@ def make_data(source, files, args):
 
 def plain_config(model, seed, source, args):
     """The configuration of a run without distillation; a teacher's configuration is this too."""
-    recipe = {key: getattr(args, key, None) or value for key, value in RECIPE.items()}
+    recipe = RECIPES[args.objective]["lstm" if model.startswith("lstm") else "transformer"]
+    recipe = {key: getattr(args, key, None) or value for key, value in recipe.items()}
     data = {"data": source, "examples": args.examples} if source == "synthetic" else {"data": source}
     return {"task": "sva", "objective": args.objective, **data, "student": model, "seed": seed, "kd": None, **recipe}
 
@@ -779,7 +800,7 @@ def main(argv=None):
         teacher_config = plain_config(args.teacher, args.teacher_seed, source, args)
         teacher_directory = root / args.teacher / f"seed{args.teacher_seed}"
         config |= {key: getattr(args, key) for key in ("kd", "teacher", "teacher_seed", "temperature", "alpha")}
-        config |= {f"teacher_{key}": teacher_config[key] for key in RECIPE}
+        config |= {f"teacher_{key}": teacher_config[key] for key in ("epochs", "batch_size", "lr", "weight_decay")}
     directory = root / common.run_name(config) / f"seed{args.seed}"
     record = common.finished_run(directory, config, args.force)
     if record is not None:
