@@ -51,14 +51,15 @@ PROBE_SIZE = 1000  # test sentences whose representations are kept
 class LSTM(nn.Module):
     """Embedding, two LSTM layers, linear head. Reads from left to right, so padding on the right changes nothing."""
 
-    def __init__(self, vocabulary, outputs, width):
+    def __init__(self, vocabulary, outputs, width, dropout=0.25):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width, padding_idx=PAD)
-        self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True, dropout=0.1)
+        self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True, dropout=dropout)
+        self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(width, outputs)
 
     def states(self, tokens, lengths):
-        return self.lstm(self.embedding(tokens))[0]
+        return self.drop(self.lstm(self.drop(self.embedding(tokens)))[0])
 
     def represent(self, tokens, lengths):
         return state_at(self.states(tokens, lengths), lengths - 1)
