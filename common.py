@@ -336,7 +336,7 @@ def add_shared_arguments(parser, models, default_student, default_temperature):
     add("--kd", nargs="?", const="offline", choices=["offline", "online"],
         help="distil: offline from a trained teacher (plain --kd), or online, both trained together")
     add("--temperature", type=number(float, 0, above=True),
-        help=f"softens both outputs in the KD loss (default: {default_temperature:g})")
+        help=f"softens both outputs in the KD loss (default: {default_temperature})")
     add("--alpha", type=number(float, 0, 1), help="share of the KD loss, the rest is cross-entropy (default: 1)")
     add("--epochs", type=number(int, 1), help="of student and teacher (default: each model's recipe)")
     add("--batch-size", type=number(int, 2), help="of student and teacher (default: each model's recipe)")

@@ -605,6 +605,9 @@ def test_vocabulary_comes_from_training_sentences_alone():
     split, left_out = train_sva.encode([other], vocabulary, "classification")
     assert split.tokens.tolist() == [4, train_sva.UNKNOWN] and left_out == 0
     assert train_sva.encode([other], vocabulary, "lm")[1] == 1  # "see" was never seen, so there is nothing to choose
+    endless = sentence._replace(text="the " * 300 + "cat sees", verb=301)
+    split, left_out = train_sva.encode([endless, sentence], vocabulary, "classification")
+    assert len(split.lengths) == left_out == 1
 
 
 def test_batches_have_little_padding_and_every_sentence_at_most_once():
@@ -677,6 +680,20 @@ def test_language_model_scores_words_and_verb_forms_like_a_loop():
             if position == verb + 1:
                 assert torch.allclose(logits[row], scores[[5, 6]], atol=1e-5)
     assert perplexity == pytest.approx(math.exp(total / words), rel=1e-5)
+
+
+@pytest.mark.parametrize("kd", [[], ["--kd", "--teacher", "lstm"], ["--kd", "online"]])
+def test_pieces_of_the_last_layer_give_the_gradient_of_the_whole(tmp_path, monkeypatch, kd):
+    outcomes = []
+    for piece in (50, 100_000):
+        monkeypatch.setattr(train_sva, "PIECE", piece)
+        sva("--data", "synthetic", "--examples", 200, "--epochs", 1, "--objective", "lm", "--student", "lstm-small", *kd,
+            "--device", "cpu", "--no-amp", "--quiet", "--out", tmp_path / str(piece))
+        run, = [path for path in (tmp_path / str(piece)).glob("*/*lstm-small*/seed0")]
+        outcomes.append((common.load_run(run)["history"][0]["loss"], torch.load(run / "model.pt", weights_only=True)))
+    (loss, weights), (whole_loss, whole_weights) = outcomes
+    assert loss == pytest.approx(whole_loss, rel=1e-4)
+    assert all(torch.allclose(weights[name], whole_weights[name], atol=2e-4) for name in weights)
 
 
 def test_agreement_metrics_by_hand():

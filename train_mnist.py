@@ -422,7 +422,7 @@ def parse_arguments(argv):
     description, commands = __doc__.split("\n\n")[:2]
     parser = common.OneLineParser(description=description, epilog=f"examples:\n{commands}", allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_shared_arguments(parser, list(MODELS), default_student="mlp", default_temperature=TEMPERATURE)
+    common.add_shared_arguments(parser, list(MODELS), default_student="mlp", default_temperature=f"{TEMPERATURE:g}")
     parser.add_argument("--data", choices=["auto", "mnist", "synthetic"], default="auto",
                         help="auto: MNIST if it is there or can be downloaded, else digits drawn here")
     parser.add_argument("--examples", type=common.number(int, 60, TRAIN_SIZE), default=TRAIN_SIZE,

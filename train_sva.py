@@ -39,6 +39,7 @@ TEMPERATURE = {"classification": 2.0, "lm": 1.0}
 VOCABULARY_SIZE = 10_000
 PAD, UNKNOWN, START, END = range(4)  # token numbers; the words' numbers follow
 MOST_ATTRACTORS, LONGEST_DISTANCE = 4, 16  # the groups of A-accuracy (4 means 4 and more) and D-accuracy
+LONGEST_SENTENCE = 254  # words; longer ones are left out
 PIECE = 1024  # answers whose logits are computed at a time
 PROBE_SIZE = 1000  # test sentences whose representations are kept
 
@@ -95,7 +96,8 @@ class Transformer(nn.Module):
     apart by a learned embedding of the depth (Universal Transformer, Dehghani et al. 2019, arXiv 1807.03819, sec. 2.1).
     """
 
-    def __init__(self, vocabulary, outputs, width, layers=3, causal=True, shared=False, longest=256):
+    def __init__(self, vocabulary, outputs, width, layers=3, causal=True, shared=False,
+                 longest=LONGEST_SENTENCE + 2):
         super().__init__()
         self.causal, self.layers = causal, layers
         self.embedding = nn.Embedding(vocabulary, width, padding_idx=PAD)
@@ -254,8 +256,8 @@ TEST_GRAMMAR = {"front": 0.4, "embed": 0.4, "modify": 0.9, "decay": 0.9, "alike"
 def synthetic_sentences(examples, seed=0):
     """{"train", "validation", "test": [Sentence]}: mostly easy training sentences, a test balanced over attractors.
 
-    The label is the number the verb shows. `examples` training sentences, a tenth of that for validation and half of it in the test, 0, 1, 2, 3 and 4 or more
-    attractors in equal parts. No test sentence has the words before the verb of a training sentence.
+    The label is the number the verb shows. `examples` training sentences, a tenth of that for validation and half of it
+    in the test: 0, 1, 2, 3 and 4 or more attractors in equal parts, never a training sentence's words before the verb.
     """
     number_of = {noun: False for noun in NOUNS} | {noun + "s": True for noun in NOUNS}
 
@@ -421,13 +423,16 @@ def make_vocabulary(sentences):
 
 
 def encode(sentences, vocabulary, objective):
-    """-> (Split, number of sentences left out for want of the verb's other form).
+    """-> (Split, number of sentences left out: too long, or for a language model without the verb's other form).
 
     For classification the words before the verb; for a language model START, the whole sentence, END.
     """
     tokens, rows, left_out = array("i"), [], 0
     for sentence in sentences:
         words, forms = sentence.text.split(), sentence.forms
+        if len(words) > LONGEST_SENTENCE:
+            left_out += 1
+            continue
         if objective == "lm":
             verb = words[sentence.verb]
             if None in forms:
@@ -684,7 +689,8 @@ def parse_arguments(argv):
     description, commands = __doc__.split("\n\n")[:2]
     parser = common.OneLineParser(description=description, epilog=f"examples:\n{commands}", allow_abbrev=False,
                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_shared_arguments(parser, list(MODELS), "transformer-seq", TEMPERATURE["classification"])
+    common.add_shared_arguments(parser, list(MODELS), default_student="transformer-seq",
+                                default_temperature="2, with --objective lm 1")
     parser.add_argument("--objective", choices=["classification", "lm"], default="classification",
                         help="the verb's number from the words before it, or the next word (default: %(default)s)")
     parser.add_argument("--data", choices=["auto", "linzen", "synthetic"], default="auto",
@@ -746,7 +752,8 @@ def make_data(source, files, args):
         empty = ", ".join(name for name, split in splits.items() if len(split.lengths) == 0)
         raise common.UserError(f"no sentence is left for {empty}; use more --examples or other files")
     if left_out:
-        notes.append(f"{left_out:,} sentences left out: the verb's other form is not in the vocabulary")
+        notes.append(f"{left_out:,} sentences left out: longer than {LONGEST_SENTENCE} words"
+                     + " or without the verb's other form in the vocabulary" * (args.objective == "lm"))
     chosen = torch.randperm(len(splits["test"].lengths), generator=torch.Generator().manual_seed(0))[:PROBE_SIZE]
     splits["probe"] = Split(splits["test"].tokens, *(column[chosen] for column in splits["test"][1:]))
     described = {"source": source, **{name: len(split.lengths) for name, split in splits.items()},
