@@ -371,7 +371,11 @@ def run_main(main, argv=None):
     """Call main(argv); a UserError ends in one line on stderr and exit code 2, Ctrl-C in one line and exit code 130."""
     try:
         main(argv)
-    except UserError as error:
+    except Exception as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no compiler, say
+            error = UserError(f"--compile doesn't work here ({type(error).__name__}); leave it out")
+        if not isinstance(error, UserError):
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -514,6 +514,15 @@ def test_bad_input_is_one_line(tmp_path, capfd, arguments, expected):
     assert not list(tmp_path.rglob("*.*"))
 
 
+def test_failing_compiler_is_one_line(capfd):
+    def main(argv):
+        raise type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("no compiler\nno luck")
+
+    with pytest.raises(SystemExit) as end:
+        common.run_main(main)
+    assert end.value.code == 2 and capfd.readouterr().err.count("\n") == 1
+
+
 def test_cuda_where_there_is_none(monkeypatch, capfd, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_refused(capfd, [*QUICK, "--out", tmp_path, "--device", "cuda"], "--device cuda")

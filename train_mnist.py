@@ -383,12 +383,7 @@ def run(config, data, directory, args, timing, teacher_record=None, teacher_logi
     if not args.quiet:
         print(f"\n{common.run_name(config)}, seed {config['seed']}: {config['epochs']} epochs of "
               f"{len(data['train'][1]):,} digits in batches of {config['batch_size']}")
-    try:
-        models, history, snapshots, training_timing = train(config, data, args, teacher_logits)
-    except Exception as error:
-        if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise common.UserError(f"--compile doesn't work here ({type(error).__name__}); leave it out") from None
-        raise
+    models, history, snapshots, training_timing = train(config, data, args, teacher_logits)
     start = time.perf_counter()
     metrics, outputs = test_all(models["student"], data, args)
     outputs |= {"probe_epochs": list(snapshots), "probe_representations": torch.stack(list(snapshots.values())).cpu()}
