@@ -699,7 +699,8 @@ def test_pieces_of_the_last_layer_give_the_gradient_of_the_whole(tmp_path, monke
         sva("--data", "synthetic", "--examples", 200, "--epochs", 1, "--objective", "lm", "--student", "lstm-small", *kd,
             "--device", "cpu", "--no-amp", "--quiet", "--out", tmp_path / str(piece))
         run, = [path for path in (tmp_path / str(piece)).glob("*/*lstm-small*/seed0")]
-        outcomes.append((common.load_run(run)["history"][0]["loss"], torch.load(run / "model.pt", weights_only=True)))
+        loss = common.load_run(run)["history"][0]["loss"]
+        outcomes.append((loss, torch.load(run / "model.pt", weights_only=True)))
     (loss, weights), (whole_loss, whole_weights) = outcomes
     assert loss == pytest.approx(whole_loss, rel=1e-4)
     assert all(torch.allclose(weights[name], whole_weights[name], atol=2e-4) for name in weights)
@@ -773,7 +774,7 @@ def test_damaged_sentence_files_are_reported(tmp_path, capfd, damage, expected):
     assert_refused(capfd, command, expected, sva)
 
 
-def test_real_sentences_are_cached_until_a_file_changes(tmp_path, monkeypatch):
+def test_real_sentences_are_cached_until_a_file_changes(tmp_path, monkeypatch, capfd):
     write_before_verbs(tmp_path)
     reads, read_linzen = [], train_sva.read_linzen
     monkeypatch.setattr(train_sva, "read_linzen", lambda files: reads.append(1) or read_linzen(files))
@@ -785,6 +786,7 @@ def test_real_sentences_are_cached_until_a_file_changes(tmp_path, monkeypatch):
     first, second = (common.load_run(tmp_path / "runs" / "sva-linzen" / "lstm-small" / f"seed{k}") for k in (0, 1))
     assert first["data"] == second["data"] and first["metrics"]["test"]["d_accuracy"] is None
     (tmp_path / "numpred.val").write_text("VBZ\tthe key\n")
+    assert_refused(capfd, [*command, "--seed", 1], "bytes", sva)  # not the data that run was made with
     sva(*command, "--seed", 2)
     sva(*command, "--seed", 2, "--objective", "lm")
     assert len(reads) == 3

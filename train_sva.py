@@ -768,12 +768,17 @@ def make_data(source, files, args):
     return {name: split.to(args.device) for name, split in splits.items()}, size, described, notes
 
 
-def plain_config(model, seed, source, args):
-    """The configuration of a run without distillation; a teacher's configuration is this too."""
+def plain_config(model, seed, source, files, args):
+    """The configuration of a run without distillation; a teacher's configuration is this too.
+
+    Real sentences are told apart by their files' sizes: the official split and a new one never pass for each other.
+    """
     recipe = RECIPES[args.objective]["lstm" if model.startswith("lstm") else "transformer"]
     recipe = {key: getattr(args, key, None) or value for key, value in recipe.items()}
-    data = {"data": source, "examples": args.examples} if source == "synthetic" else {"data": source}
-    return {"task": "sva", "objective": args.objective, **data, "student": model, "seed": seed, "kd": None, **recipe}
+    data = {"examples": args.examples} if source == "synthetic" else {
+        "bytes": {path.name: path.stat().st_size for path in files}}
+    return {"task": "sva", "objective": args.objective, "data": source, **data, "student": model, "seed": seed,
+            "kd": None, **recipe}
 
 
 def print_table(record):
@@ -803,9 +808,9 @@ def main(argv=None):
     source, files = find_data(args)
     root = args.out / f"sva-{'lm-' if args.objective == 'lm' else ''}{source}"
 
-    config = plain_config(args.student, args.seed, source, args)
+    config = plain_config(args.student, args.seed, source, files, args)
     if args.kd:
-        teacher_config = plain_config(args.teacher, args.teacher_seed, source, args)
+        teacher_config = plain_config(args.teacher, args.teacher_seed, source, files, args)
         teacher_directory = root / args.teacher / f"seed{args.teacher_seed}"
         config |= {key: getattr(args, key) for key in ("kd", "teacher", "teacher_seed", "temperature", "alpha")}
         config |= {f"teacher_{key}": teacher_config[key] for key in ("epochs", "batch_size", "lr", "weight_decay")}
