@@ -344,9 +344,10 @@ def sva_measure(group, data_dir, device):
     """As mnist_measure; the loss of a language model is that of all words, its accuracy that of the verb."""
     config = group.runs[0].config
     source, objective = config["data"], config["objective"]
-    args = train_sva.parse_arguments(["--objective", objective, "--data", source, "--data-dir", str(data_dir),
-                                      "--examples", str(config.get("examples", 10_000)),
-                                      "--out", str(group.runs[0].folder.parents[2])])
+    args = train_sva.parse_arguments(["--objective", objective, "--data", source,
+                                      "--out", str(group.runs[0].folder.parents[2]),
+                                      *(["--data-dir", str(data_dir)] if source == "linzen" else
+                                        ["--examples", str(config["examples"])])])
     args.device = device
     data, size, described, _ = train_sva.make_data(*train_sva.find_data(args), args)
     if described != group.runs[0].record["data"]:

@@ -5,6 +5,7 @@ import gzip
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import analyze
 import common
 import train_mnist
 import train_sva
@@ -841,3 +843,181 @@ def test_sva_setups(tmp_path, objective):
 def test_sva_bad_input_is_one_line(tmp_path, capfd, arguments, expected):
     assert_refused(capfd, [*SVA_QUICK, "--out", tmp_path, *arguments], expected, sva)
     assert not list(tmp_path.rglob("*.*"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Analysis and grid
+
+
+def test_t_interval_and_verdicts():
+    tabulated = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 30: 2.042, 120: 1.980}
+    for degrees, expected in tabulated.items():
+        assert analyze.t_quantile(degrees) == pytest.approx(expected, abs=6e-4)
+    mean, low, high = analyze.t_interval([1.0, 2.0, 3.0, 4.0])  # standard error sqrt(5/3) / 2
+    assert (mean, low, high) == pytest.approx((2.5, 2.5 - 3.1824 * 0.645497, 2.5 + 3.1824 * 0.645497), abs=1e-4)
+    assert analyze.verdict([0.1, 0.2, 0.3]) == "inconclusive" and analyze.verdict([0.1, 0.2]) == "untested"
+    assert analyze.verdict([0.2, 0.21, 0.22]) == "supported" and analyze.verdict([-0.2, -0.21, -0.22]) == "contradicted"
+    assert analyze.verdict([0.01, 0.0, -0.01], margin=0.05) == "supported"
+    assert analyze.verdict([0.2, 0.21, 0.22], margin=0.05) == "contradicted"
+    assert analyze.verdict([0.2, 0.0, -0.2], margin=0.05) == "inconclusive"
+
+
+def test_classical_mds_recovers_a_configuration():
+    points = random_logits(12, 2).double()
+    distances = torch.cdist(points, points)
+    found = analyze.classical_mds(distances)
+    assert found.shape == (12, 2) and torch.allclose(torch.cdist(found, found), distances, atol=1e-9)
+
+
+def test_comparisons_of_all_pairs_are_those_of_single_pairs():
+    logits, labels = random_logits(4, 200, 3), torch.arange(200) % 3
+    logits[3] = logits[0]
+    found = analyze.behaviour(logits, labels)
+    representations = [random_logits(150, width, seed=width) + 1 for width in (5, 20, 8)]
+    representations.append(3 * representations[1] @ torch.linalg.qr(random_logits(20, 20))[0])
+    pairs = analyze.similarities(representations, rows=40)
+    for i in range(4):
+        for j in range(4):
+            a, b = logits[i], logits[j]
+            assert found["agreement"][i, j] == pytest.approx((a.argmax(1) == b.argmax(1)).double().mean().item())
+            kappa = common.error_consistency(a.argmax(1), b.argmax(1), labels)
+            assert found["error consistency"][i, j] == pytest.approx(kappa)
+            divergence = common.js_divergence(a.double().softmax(1), b.double().softmax(1))
+            assert found["divergence"][i, j] == pytest.approx(divergence, abs=1e-12)
+            assert pairs["RSA"][i, j] == pytest.approx(common.rsa(representations[i], representations[j]), abs=1e-5)
+            assert pairs["CKA"][i, j] == pytest.approx(common.linear_cka(representations[i], representations[j]), abs=1e-5)
+    assert [found[name][0, 3].item() for name in found] == [1, 1, 0]
+    assert pairs["CKA"][1, 3] == pytest.approx(1, abs=1e-5) and pairs["CKA"][0, 2] < 0.5
+
+
+def test_barrier_of_a_model_with_itself_and_with_a_permuted_copy():
+    assert analyze.barrier([1.0, 1.5, 3.0]) == 0 and analyze.barrier([1.0, 3.0, 2.0]) == pytest.approx(1.5)
+    images, labels = train_mnist.synthetic_digits(300, seed=0)
+    x = train_mnist.to_input(images)
+    model = train_mnist.build_model("mlp", 0)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(30):
+        loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def measure(model):
+        analyze.reestimate_batch_norm(model, x)
+        return F.cross_entropy(model(x), labels).item()
+
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    order = torch.randperm(512, generator=torch.Generator().manual_seed(0))
+    permuted = {name: value[order] if name.startswith(("body.1.", "body.2.")) and value.dim() else value.clone()
+                for name, value in state.items()}
+    permuted["body.4.weight"] = permuted["body.4.weight"][:, order]
+    itself = analyze.interpolate(model, state, state, measure)
+    copy = analyze.interpolate(model, state, permuted, measure)
+    assert analyze.barrier(itself) == pytest.approx(0, abs=1e-6) and len(copy) == 21
+    assert copy[0] == pytest.approx(copy[-1], rel=1e-3) and analyze.barrier(copy) > copy[0]
+
+
+def tables(out):
+    """analyze.py's Markdown for the runs below `out`, without the table of seconds."""
+    result = subprocess.run([sys.executable, HERE / "analyze.py", out, "--json", out / "analysis.json"],
+                            capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    return re.sub(r"\*\*\(g\).*?(?=\*\*\(h\))", "", result.stdout, flags=re.S)
+
+
+def run_all(out, *arguments, **options):
+    """run_all.sh with the smallest of runs, started and not waited for."""
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "SEEDS": "1", "JOBS": "2",
+                                "OMP_NUM_THREADS": "1", "FLAGS": "--examples 60 --epochs 1 --batch-size 30"}
+    return subprocess.Popen([HERE / "run_all.sh", "--quick", *arguments], env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+
+
+@pytest.fixture(scope="module")
+def tiny_grid(tmp_path_factory):
+    """A whole grid through run_all.sh, in a folder with a blank in its name, killed once on its way."""
+    out = tmp_path_factory.mktemp("grid") / "tiny grid"
+    process = run_all(out)
+    while len(common.find_runs(out)) < 5:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    killed_at = {path: (path / "run.json").stat().st_mtime_ns for path in common.find_runs(out)}
+    process = run_all(out)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert all((path / "run.json").stat().st_mtime_ns == then for path, then in killed_at.items())
+    return out, stdout
+
+
+def test_grid_killed_and_restarted_is_complete_and_analysed(tiny_grid):
+    out, stdout = tiny_grid
+    commands = run_all(out, "--list").communicate()[0].splitlines()
+    teachers, students = (commands[i + 1:j] for i, j in ((0, commands.index("# students")),
+                                                         (commands.index("# students"), None)))
+    assert len(common.find_runs(out)) == len(teachers) + len(students) == 22
+    assert all("--kd" in line for line in students) and not any("--kd" in line for line in teachers)
+    assert f"{len(teachers) + len(students)}/22  ok" in stdout and "unfinished" not in stdout
+    for title in ("MNIST (synthetic data)", "Subject-verb agreement (synthetic data):", "language models"):
+        assert title in stdout
+    for table in "cdefgh":
+        assert stdout.count(f"**({table})") == 3
+    assert "untested" in stdout and "supported" not in stdout  # one seed proves nothing
+    assert "## What is missing" in stdout and (out / "analysis.md").read_text() == stdout[stdout.index("\n## MNIST"):]
+    numbers = json.loads((out / "analysis.json").read_text())
+    for group in numbers["groups"]:
+        for run in group["runs"]:
+            record = common.load_run(next(path for path in common.find_runs(out) if path.parts[-2:] == (
+                run["name"], f"seed{run['seed']}") and common.load_run(path)["config"] == run["config"]))
+            for test, metrics in record["metrics"].items():
+                for name, value in metrics.items():
+                    if isinstance(value, float):
+                        assert run["metrics"][test][name] == pytest.approx(value, abs=2e-5), (run["name"], name)
+
+
+def test_grid_run_in_another_order_gives_the_same_tables(tiny_grid, tmp_path):
+    out, _ = tiny_grid
+    copy = tmp_path / "tiny grid"
+    shutil.copytree(out, copy)
+    for path in common.find_runs(copy)[::3]:  # as if never run
+        shutil.rmtree(path)
+    (copy / "mnist-synthetic" / "mlp" / "seed0").mkdir(parents=True, exist_ok=True)
+    (copy / "mnist-synthetic" / "mlp" / "seed0" / ".run.json.1.tmp").write_text("{")
+    process = run_all(copy)
+    assert process.wait(300) == 0
+    assert tables(copy).replace(str(copy), "") == tables(out).replace(str(out), "")
+
+
+def analyze_here(*arguments):
+    """analyze.py with these arguments, in this process, ended as from the shell."""
+    common.run_main(analyze.main, [str(argument) for argument in arguments])
+
+
+def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd):
+    out = shutil.copytree(grid[0], tmp_path / "runs" / "mnist-synthetic")
+    (out / "cnn-to-mlp" / "seed0" / "run.json").write_text('{"config": ')
+    (out / "mlp-to-mlp" / "seed0" / "outputs.npz").write_bytes(b"PK")
+    (out / "cnn-to-cnn" / "seed0" / "model.pt").unlink()
+    (out / "mlp-to-cnn" / "seed0" / "run.json").unlink()
+    for name, record in {"other-task": {"config": {"task": "chess"}, "metrics": {}},
+                         "other-keys": {"config": {"task": "mnist", "model": "mlp"}, "metrics": {}}}.items():
+        shutil.copytree(out / "mlp" / "seed0", out / name / "seed0")
+        (out / name / "seed0" / "run.json").write_text(json.dumps(record))
+    analyze_here(tmp_path / "runs", "--json", tmp_path / "numbers" / "all.json")
+    stdout, stderr = capfd.readouterr()
+    assert stderr == "" and stdout.count("**(a)") == 1 and stdout.count("**(h)") == 1
+    missing = stdout[stdout.index("## What is missing"):].splitlines()
+    for name, words in {"cnn-to-mlp": "left out", "mlp-to-mlp": "left out", "cnn-to-cnn": "no barrier",
+                        "mlp-to-cnn": "unfinished", "other-task": "left out", "other-keys": "left out"}.items():
+        assert any(words in line and f"/{name}/" in line for line in missing), name
+    assert json.loads((tmp_path / "numbers" / "all.json").read_text())["missing"]
+
+
+def test_analysis_of_no_runs_and_of_no_folder(tmp_path, capfd, monkeypatch):
+    analyze_here(tmp_path)
+    assert "has no finished run" in capfd.readouterr().out
+    assert_refused(capfd, [tmp_path / "nowhere"], "no such folder", script=analyze_here)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it weren't installed
+    assert_refused(capfd, [tmp_path, "--plots", tmp_path / "figures"], "needs matplotlib", script=analyze_here)
