@@ -457,7 +457,8 @@ class Table:
                     best = max(means.values(), key=lambda mean: mean * better)
                     if round(means[label], digits) == round(best, digits):
                         cells[place] = f"**{cells[place]}**"
-            cells = [f"{cell} ({note})" for cell, note in zip(cells, self.notes[label])] + cells[len(self.notes[label]):]
+            for place, note in enumerate(self.notes[label]):
+                cells[place] += f" ({note})"
             lines.append([label, *cells])
         return markdown(self.caption, header, lines)
 
@@ -465,7 +466,8 @@ class Table:
 def markdown(caption, header, lines):
     """The caption and the table, its columns padded so that it can be read in a terminal too."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    rows = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in [header, *lines]]
+    rows = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
+            for line in [header, *lines]]
     rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return f"{caption}\n\n" + "\n".join(rows) + "\n"
 
@@ -487,8 +489,9 @@ def references(group, run):
                 and not (kind == teacher and other.seed == teacher_seed)
                 and not (kind == student and other.seed == run.seed)]
 
-    own = [group.at[teacher, teacher_seed]] if run.config["kd"] == "offline" and (teacher, teacher_seed) in group.at else []
-    return {"own teacher": own, "other strong": others(STRONGER.get(student, student)), "other plain": others(student)}
+    taught = run.config["kd"] == "offline" and (teacher, teacher_seed) in group.at
+    return {"own teacher": [group.at[teacher, teacher_seed]] if taught else [],
+            "other strong": others(STRONGER.get(student, student)), "other plain": others(student)}
 
 
 def compared_with_references(group, matrices, caption, extra_columns=(), extra=None):
@@ -531,8 +534,8 @@ def accuracy_table(group):
     columns = {"accuracy": (1, 3), "A-accuracy": (1, 3), "D-accuracy": (1, 3),
                **{f"{k}{'+' * (k == 4)} attr.": (1, 3) for k in range(5)}, "ECE": (-1, 3), "NLL": (-1, 3)}
     columns |= {"perplexity": (-1, 2)} if lm else {}
-    table = Table("**(b) Agreement** (mean ± standard deviation over n seeds; best in bold). Look at the sentences with "
-                  "many attractors, which are rare in training.", "run", columns | {"n": (0, 0)})
+    table = Table("**(b) Agreement** (mean ± standard deviation over n seeds; best in bold). Look at the sentences "
+                  "with many attractors, which are rare in training.", "run", columns | {"n": (0, 0)})
     for name, runs in group.kinds().items():
         tests = [run.metrics["test"] for run in runs]
         values = [[m[key] for m in tests] for key in ("accuracy", "a_accuracy", "d_accuracy")]
@@ -553,16 +556,16 @@ def similarity_table(group, paths):
     extra = [[spread_within(group, matrix, run.name, run.seed) for matrix in paths.final.values()]
              for run in group.runs]
     return compared_with_references(
-        group, paths.final, "**(d) Representations** of 1,000 test examples: similarity (1: the same up to rotation and "
-        "scale). Look whether a taught student is closer than a plain one to strong models that did not teach it.",
+        group, paths.final, "**(d) Representations** of 1,000 test examples: similarity (1: the same up to rotation "
+        "and scale). Look whether a taught student is closer than a plain one to strong models that did not teach it.",
         [f"{measure}, own kind" for measure in paths.final], extra)
 
 
 def path_table(group, paths):
     return compared_with_references(
         group, {"distance": paths.distance}, "**(e) Training paths** in the space of 1 - RSA: length, straightness "
-        "(end to end over length) and mean distance to other runs' paths at equal epochs. Look whether a taught student "
-        "walks nearer to the strong models.", ["length", "straightness"], list(zip(paths.length, paths.straightness)))
+        "(end to end over length) and mean distance to other runs' paths at equal epochs. Look whether a taught "
+        "student walks nearer to the strong models.", ["length", "straightness"], list(zip(paths.length, paths.straightness)))
 
 
 def barrier_table(barriers):
@@ -686,8 +689,8 @@ def claims_text(claims):
         interval = "-" if n < 2 else f"{entry['low']:+.3f} .. {entry['high']:+.3f}"
         lines.append([entry["student"], entry["claim"], f"{entry['mean']:+.3f}" if n else "-", interval, str(n),
                       entry["verdict"]])
-    return markdown("**(h) Claims**: differences paired by seed, positive where the claim holds, with the 95 % t-interval "
-                    "over n seeds (seeds share models, so it is a little too narrow). Look at the verdicts.",
+    return markdown("**(h) Claims**: differences paired by seed, positive where the claim holds, with the 95 % "
+                    "t-interval over n seeds (seeds share models, so it is a little too narrow). Look at the verdicts.",
                     ["student", "claim", "difference", "95 % interval", "n", "verdict"], lines)
 
 
@@ -721,10 +724,18 @@ def cast(group, weak):
     return {role: name for role, name in cast.items() if name in names}
 
 
+def with_legend(figure):
+    """One legend above all panels, where it hides no curve."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2 if len(labels) > 3 else 3, fontsize=7)
+    return figure
+
+
 def plot_reliability(plt, group, weak):
     """Accuracy over confidence, 15 bins over all seeds; bins of fewer than 20 examples are left out."""
     tests = TESTS[group.task]
-    figure, axes = plt.subplots(1, len(tests), figsize=(2.4 * len(tests) + 0.6, 2.6), squeeze=False, sharey=True)
+    width = max(3.6, 2.4 * len(tests) + 0.6)
+    figure, axes = plt.subplots(1, len(tests), figsize=(width, 2.9), squeeze=False, sharey=True)
     for axis, test in zip(axes[0], tests):
         axis.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
         for role, name in cast(group, weak).items():
@@ -737,11 +748,11 @@ def plot_reliability(plt, group, weak):
             points = [(confidence[bins == b].mean(), correct[bins == b].mean()) for b in range(1, 16)
                       if (bins == b).sum() >= 20]
             if points:
-                axis.plot(*zip(*points), color=colour, linestyle=line, marker=marker, markersize=3, linewidth=1, label=name)
+                axis.plot(*zip(*points), color=colour, linestyle=line, marker=marker, markersize=3, linewidth=1,
+                          label=name)
         axis.set(title=test, xlabel="confidence", xlim=(0 if group.task == "mnist" else 0.5, 1), ylim=(0, 1))
     axes[0][0].set_ylabel("accuracy")
-    axes[0][0].legend(loc="upper left", fontsize=6)
-    return figure
+    return with_legend(figure)
 
 
 def plot_paths(plt, group, weak, paths):
@@ -751,7 +762,7 @@ def plot_paths(plt, group, weak, paths):
     if len(chosen) < 3:
         return None
     points = classical_mds(paths.snapshots[chosen][:, chosen])
-    figure, axis = plt.subplots(figsize=(3.6, 3.2))
+    figure, axis = plt.subplots(figsize=(4.2, 3.4))
     for role, name in roles.items():
         colour, line, marker = STYLES[role]
         for number, run in enumerate(group.kinds()[name]):
@@ -759,10 +770,9 @@ def plot_paths(plt, group, weak, paths):
             axis.plot(points[own, 0], points[own, 1], color=colour, linestyle=line, linewidth=0.9, marker=marker,
                       markersize=2, label=name if number == 0 else None)
             axis.plot(*points[own[-1]], color=colour, marker=marker, markersize=6, markeredgecolor="white")
-    axis.set(xlabel="first dimension of 1 - RSA", ylabel="second dimension", aspect="equal",
-             title="training paths (large: the end)")
-    axis.legend(fontsize=6)
-    return figure
+    axis.set(xlabel="first dimension of 1 - RSA", ylabel="second dimension (large markers: end of training)")
+    axis.set_aspect("equal", adjustable="datalim")
+    return with_legend(figure)
 
 
 def plot_barriers(plt, group, weak, barriers):
@@ -770,30 +780,31 @@ def plot_barriers(plt, group, weak, barriers):
     kinds = [entry for entry in dict.fromkeys(e["pair"] for e in barriers) if entry.startswith(f"{weak}:")]
     if not kinds:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(6, 2.6))
-    for what, (colour, line, marker) in zip(kinds, list(STYLES.values()) + [("#2e8b57", "-", "v"), ("#b8860b", "--", "x")]):
+    figure, axes = plt.subplots(1, 2, figsize=(6, 2.9))
+    styles = [*STYLES.values(), ("#2e8b57", "-", "v"), ("#b8860b", "--", "x")]
+    for what, (colour, line, marker) in zip(kinds, styles):
         for axis, measure in zip(axes, ("test_loss", "test_accuracy")):
             mean = torch.tensor([entry[measure] for entry in barriers if entry["pair"] == what]).mean(dim=0)
             axis.plot(torch.linspace(0, 1, len(mean)), mean, color=colour, linestyle=line, marker=marker, markevery=4,
                       markersize=3, linewidth=1, label=what.removeprefix(f"{weak}: "))
-    axes[0].set(xlabel="way from one run to the other", ylabel="test loss (nats)", title=weak)
+    axes[0].set(xlabel="way from one run to the other", ylabel="test loss (nats)")
     axes[1].set(xlabel="way from one run to the other", ylabel="test accuracy")
-    axes[0].legend(fontsize=6)
-    return figure
+    return with_legend(figure)
 
 
 def plot_attractors(plt, group):
     """Accuracy over the number of attractors, mean and standard deviation over seeds, a panel for each student."""
     weak_ones = [weak for weak in STRONGER if weak in cast(group, weak).values()]
-    figure, axes = plt.subplots(1, len(weak_ones), figsize=(2.2 * len(weak_ones) + 0.6, 2.6), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(weak_ones), figsize=(2.2 * len(weak_ones) + 0.6, 2.8), squeeze=False,
+                                sharey=True)
     for axis, weak in zip(axes[0], weak_ones):
         for role, name in cast(group, weak).items():
             colour, line, marker = STYLES[role]
-            values = torch.tensor([[run.metrics["test"]["accuracy_by_attractors"].get(str(k), math.nan) for k in range(5)]
-                                   for run in group.kinds()[name]])
+            tests = [run.metrics["test"]["accuracy_by_attractors"] for run in group.kinds()[name]]
+            values = torch.tensor([[test.get(str(k), math.nan) for k in range(5)] for test in tests])
             spread = values.std(dim=0) if len(values) > 1 else None
-            axis.errorbar(range(5), values.mean(dim=0), spread, color=colour, linestyle=line, marker=marker, markersize=3,
-                          linewidth=1, capsize=2, label=name)
+            axis.errorbar(range(5), values.mean(dim=0), spread, color=colour, linestyle=line, marker=marker,
+                          markersize=3, linewidth=1, capsize=2, label=name)
         axis.set(title=weak, xlabel="attractors", xticks=range(5), xticklabels=["0", "1", "2", "3", "4+"])
         axis.legend(fontsize=6)
     axes[0][0].set_ylabel("accuracy")

@@ -27,40 +27,41 @@ for number in "$SEEDS" "$JOBS"; do
   case $number in '' | *[!0-9]* | 0*) fail "SEEDS and JOBS must be whole numbers above 0, not $number" ;; esac
 done
 PYTHON=${PYTHON:-python}
-"$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON has no torch; activate the virtual environment (README), or set PYTHON"
+"$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
 
 mnist='train_mnist.py' sva='train_sva.py'
 if [ $quick ]; then
   mnist="$mnist --data synthetic --examples 12000" sva="$sva --data synthetic --examples 6000"
 else  # Fetched here and once, not by each of JOBS runs; what can't be had is told once.
   "$PYTHON" -c 'import train_mnist; train_mnist.load_mnist("data")' >&2 2>/dev/null ||
-    { mnist="$mnist --data synthetic"; echo "run_all.sh: no MNIST in data/ and no way to get it: SYNTHETIC digits" >&2; }
+    { mnist="$mnist --data synthetic"; echo "run_all.sh: MNIST is not in data/ nor to be had: SYNTHETIC digits" >&2; }
   ls data/agr_50_mostcommon_10K.tsv* data/numpred.train >/dev/null 2>&1 ||
     { sva="$sva --data synthetic"; echo "run_all.sh: no real sentences in data/ (README, Data): SYNTHETIC ones" >&2; }
 fi
 
 # runs STAGE FLAGS "MODELS" "TEACHER/STUDENT ..." -> the commands of that stage, one a line
 runs() {
-  local stage=$1 flags=$2 models=$3 pairs=$4 seed name last=$((SEEDS > 1 ? SEEDS - 1 : 1))
+  local stage=$1 flags=$2 models=$3 pairs=$4 seed name last=$((SEEDS > 1 ? SEEDS - 1 : 1)) common
+  common="--out $(printf %q "$OUT")${FLAGS:+ $FLAGS}"
   for seed in $(seq 0 $last); do
     if [ "$stage" = teachers ]; then
-      for name in $models; do echo "$PYTHON $flags --student $name --seed $seed --out $(printf %q "$OUT")${FLAGS:+ $FLAGS}"; done
+      for name in $models; do echo "$PYTHON $flags --student $name --seed $seed $common"; done
     elif [ "$seed" -lt "$SEEDS" ]; then
       for name in $pairs; do
         echo "$PYTHON $flags --teacher ${name%/*} --student ${name#*/} --kd --seed $seed" \
-             "--teacher-seed $((seed < last ? seed + 1 : seed - 1)) --out $(printf %q "$OUT")${FLAGS:+ $FLAGS}"
+             "--teacher-seed $((seed < last ? seed + 1 : seed - 1)) $common"
       done
     fi
   done
 }
 commands() {
-  local seq=transformer-seq lm="$sva --objective lm"
+  local seq=transformer-seq lm="$sva --objective lm" four='lstm transformer transformer-seq ut-seq' teacher
   runs "$1" "$mnist" 'mlp cnn' "$(echo {mlp,cnn}/{mlp,cnn})"
   if [ $quick ]; then
     runs "$1" "$sva" "lstm $seq" "$(echo {lstm,$seq}/{lstm,$seq})"
     runs "$1" "$lm --epochs 6" "lstm $seq" "lstm/$seq $seq/$seq"
   else
-    runs "$1" "$sva" "lstm transformer $seq ut-seq" "$(echo {lstm,transformer,$seq,ut-seq}/{lstm,transformer,$seq,ut-seq})"
+    runs "$1" "$sva" "$four" "$(for teacher in $four; do echo $teacher/{lstm,transformer,$seq,ut-seq}; done)"
     runs "$1" "$lm" "lstm $seq lstm-small $seq-small" \
          "$(echo {lstm,$seq}/{lstm,$seq} {lstm,$seq}-small/{lstm,$seq}-small) lstm-small/$seq"
   fi
@@ -74,18 +75,20 @@ if [ "$list" ]; then
 fi
 
 mkdir -p "$OUT" 2>/dev/null && [ -w "$OUT" ] || fail "can't write to $OUT; choose another folder with OUT"
-[ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$PYTHON" -c "import os; print(max(1, os.cpu_count() // $JOBS))")}
+cores=$("$PYTHON" -c 'import os; print(os.cpu_count())')
+[ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
 total=$({ commands teachers; commands students; } | wc -l | tr -d ' ') begin=$(date +%s)
 log=$(mktemp)  # a line for each command that has ended
 trap 'rm -f "$log"' EXIT
 trap 'exit 130' INT TERM
 run_one() {
-  local start status=ok done now
+  local start status=ok done left
   start=$(date +%s)
   eval "$1 --quiet" || status=FAILED
   echo "$status $1" >>"$log"
-  done=$(wc -l <"$log") now=$(date +%s)
-  echo "$((done))/$total  $status  $((now - start)) s, about $(((now - begin) * (total - done) / done / 60)) min left  ${1#* }"
+  done=$(($(wc -l <"$log")))
+  left=$((($(date +%s) - begin) * (total - done) / done / 60))
+  echo "$done/$total  $status  $(($(date +%s) - start)) s, about $left min left  ${1#* }"
 }
 export log total begin
 export -f run_one

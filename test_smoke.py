@@ -885,7 +885,8 @@ def test_comparisons_of_all_pairs_are_those_of_single_pairs():
             divergence = common.js_divergence(a.double().softmax(1), b.double().softmax(1))
             assert found["divergence"][i, j] == pytest.approx(divergence, abs=1e-12)
             assert pairs["RSA"][i, j] == pytest.approx(common.rsa(representations[i], representations[j]), abs=1e-5)
-            assert pairs["CKA"][i, j] == pytest.approx(common.linear_cka(representations[i], representations[j]), abs=1e-5)
+            cka = common.linear_cka(representations[i], representations[j])
+            assert pairs["CKA"][i, j] == pytest.approx(cka, abs=1e-5)
     assert [found[name][0, 3].item() for name in found] == [1, 1, 0]
     assert pairs["CKA"][1, 3] == pytest.approx(1, abs=1e-5) and pairs["CKA"][0, 2] < 0.5
 
