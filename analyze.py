@@ -32,7 +32,7 @@ MODEL_ORDER = ["mlp", "cnn", "transformer", "transformer-seq", "transformer-seq-
 TESTS = {"mnist": ("test", "scaled", "translated"), "sva": ("test",)}
 OUT_OF_DISTRIBUTION = {"mnist": ("scaled", "translated"), "sva": ("test",)}
 MARGIN = 0.05  # a change of CKA below this counts as little
-BARRIER_POINTS, BARRIER_EXAMPLES = 21, 500
+BARRIER_POINTS, BARRIER_EXAMPLES = 21, {"mnist": 500, "sva": 250}  # from training and test each; a compromise with time
 
 # Abnar et al. 2020, MNIST: accuracy, then ECE, on the test digits, scaled, translated.
 PAPER_MNIST = {"cnn": (.992, .962, .981, .011, .060, .028), "mlp": (.985, .794, .373, .015, .175, .564),
@@ -311,14 +311,15 @@ def interpolate(model, state_a, state_b, measure, points=BARRIER_POINTS):
 
 
 @torch.no_grad()
-def reestimate_batch_norm(model, inputs):
+def reestimate_batch_norm(model, inputs, amp=False):
     """Replace running means and variances by those of `inputs`; without it a barrier is an artefact of old ones."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain average over batches; here there is one
         norm.train()
-    model(inputs)
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
+        model(inputs)
     model.eval()
 
 
@@ -327,13 +328,14 @@ def mnist_measure(group, data_dir, device):
     config = group.runs[0].config
     mnist = train_mnist.load_mnist(data_dir, quiet=True) if config["data"] == "mnist" else None
     data = train_mnist.make_data(config["data"], config["examples"], mnist, device)
+    parts = [[tensor[:BARRIER_EXAMPLES["mnist"]] for tensor in data[name]] for name in ("train", "test")]
+    amp = common.has_bfloat16(device)
 
     def measure(model):
-        images, labels = (tensor[:BARRIER_EXAMPLES] for tensor in data["train"])
-        reestimate_batch_norm(model, train_mnist.to_input(images))
+        reestimate_batch_norm(model, train_mnist.to_input(parts[0][0]), amp)
         values = []
-        for images, labels in ((images, labels), (tensor[:BARRIER_EXAMPLES] for tensor in data["test"])):
-            scores = common.classification_metrics(train_mnist.evaluate(model, images, amp=False)[0], labels)
+        for images, labels in parts:
+            scores = common.classification_metrics(train_mnist.evaluate(model, images, amp)[0], labels)
             values += [scores["nll"], scores["accuracy"]]
         return values
 
@@ -352,14 +354,15 @@ def sva_measure(group, data_dir, device):
     data, size, described, _ = train_sva.make_data(*train_sva.find_data(args), args)
     if described != group.runs[0].record["data"]:
         raise common.UserError(f"the sentences in {data_dir} are not those of the runs")
-    chosen = torch.randperm(len(data["train"].lengths), generator=torch.Generator().manual_seed(0))[:BARRIER_EXAMPLES]
+    n, amp = BARRIER_EXAMPLES["sva"], common.has_bfloat16(device)
+    chosen = torch.randperm(len(data["train"].lengths), generator=torch.Generator().manual_seed(0))[:n]
     train = train_sva.Split(data["train"].tokens, *(column[chosen] for column in data["train"][1:]))
-    probe = train_sva.Split(data["probe"].tokens, *(column[:BARRIER_EXAMPLES] for column in data["probe"][1:]))
+    probe = train_sva.Split(data["probe"].tokens, *(column[:n] for column in data["probe"][1:]))
 
     def measure(model):
         values = []
         for split in (train, probe):
-            logits, _, perplexity = train_sva.evaluate(model, split, objective, False, device)
+            logits, _, perplexity = train_sva.evaluate(model, split, objective, amp, device)
             scores = common.classification_metrics(logits, split.labels.cpu())
             values += [scores["nll"] if perplexity is None else math.log(perplexity), scores["accuracy"]]
         return values
@@ -564,13 +567,14 @@ def similarity_table(group, paths):
 def path_table(group, paths):
     return compared_with_references(
         group, {"distance": paths.distance}, "**(e) Training paths** in the space of 1 - RSA: length, straightness "
-        "(end to end over length) and mean distance to other runs' paths at equal epochs. Look whether a taught "
-        "student walks nearer to the strong models.", ["length", "straightness"], list(zip(paths.length, paths.straightness)))
+        "(end to end over length; it can exceed 1, as 1 - RSA is no metric) and mean distance to other runs' paths at "
+        "equal epochs. Look whether a taught student walks nearer to the strong models.",
+        ["length", "straightness"], list(zip(paths.length, paths.straightness)))
 
 
-def barrier_table(barriers):
+def barrier_table(group, barriers):
     table = Table(f"**(f) Basins**: barrier on the straight way between two runs, {BARRIER_POINTS} points, "
-                  f"{BARRIER_EXAMPLES} examples each. Near 0: one basin. Look whether a taught student has left the "
+                  f"{BARRIER_EXAMPLES[group.task]} examples each. Near 0: one basin. Look whether a taught student has left the "
                   "basin of its plain twin, and a self-distilled one has not.", "pair",
                   {"loss, training": (0, 3), "loss, test": (0, 3), "accuracy, training": (0, 3),
                    "accuracy, test": (0, 3), "pairs": (0, 0)})
@@ -847,8 +851,8 @@ def analyze_group(group, args, problems):
     behaviours = {name: torch.stack([matrices[name] for matrices in per_test]).mean(dim=0) for name in per_test[0]}
     paths = training_paths(group.runs)
     tables = {"a" if group.task == "mnist" else "b": accuracy_table(group),
-              "c": compared_with_references(group, behaviours, "**(c) Per-sample behaviour** "
-                                            + "on scaled and translated digits" * (group.task == "mnist")
+              "c": compared_with_references(group, behaviours, "**(c) Per-sample behaviour**"
+                                            + " on scaled and translated digits" * (group.task == "mnist")
                                             + ": share of equal answers, error consistency (Cohen's kappa of right and "
                                             "wrong), Jensen-Shannon divergence (bits). Look whether a taught student "
                                             "errs like strong models that did not teach it."),
@@ -856,7 +860,7 @@ def analyze_group(group, args, problems):
     for table in tables.values():
         print(table.text(), flush=True)
     barriers = measure_barriers(group, args.data_dir, common.choose_device(), problems)
-    for key, table in (("f", barrier_table(barriers)), ("g", cost_table(group))):
+    for key, table in (("f", barrier_table(group, barriers)), ("g", cost_table(group))):
         if table.rows:
             tables[key] = table
             print(table.text(), flush=True)
