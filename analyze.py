@@ -171,18 +171,22 @@ def load_groups(root):
                  if not (path.parent / "run.json").exists()]
     groups = []
     for parent, runs in sorted(found.items()):
-        task, source = runs[0].config["task"], runs[0].config["data"]
-        shared = [key for key in ("data", "objective", "examples", "bytes") if key in runs[0].config]
-
         def data_of(run):
-            return json.dumps([run.config.get(key) for key in shared] + run.outputs["test_labels"].tolist())
+            keys = ("task", "data", "objective", "examples", "bytes")
+            return json.dumps([run.config.get(key) for key in keys] + run.outputs["test_labels"].tolist())
 
         data = [data_of(run) for run in runs]
-        usual = statistics.mode(data)
-        problems += [f"left out: {run.folder} was tested on other data than most runs beside it"
-                     for run, its in zip(runs, data) if its != usual]
-        runs = sorted((run for run, its in zip(runs, data) if its == usual),
-                      key=lambda run: (kind_order(run.name), run.seed))
+        usual, seen, kept = statistics.mode(data), set(), []
+        for run, its in zip(runs, data):
+            if its != usual:
+                problems.append(f"left out: {run.folder} has other data than most runs beside it")
+            elif (run.name, run.seed) in seen:
+                problems.append(f"left out: {run.folder} is a second {run.name} of seed {run.seed}")
+            else:
+                kept.append(run)
+                seen.add((run.name, run.seed))
+        runs = sorted(kept, key=lambda run: (kind_order(run.name), run.seed))
+        task, source = runs[0].config["task"], runs[0].config["data"]
         title = {"mnist": "MNIST", "sva": "Subject-verb agreement"}[task]
         title += {"mnist": "", "synthetic": " (synthetic data)", "linzen": " (Linzen et al.)"}[source]
         title += ", language models" * (runs[0].config.get("objective") == "lm") + f": {parent}"

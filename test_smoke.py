@@ -1006,13 +1006,16 @@ def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd)
                          "other-keys": {"config": {"task": "mnist", "model": "mlp"}, "metrics": {}}}.items():
         shutil.copytree(out / "mlp" / "seed0", out / name / "seed0")
         (out / name / "seed0" / "run.json").write_text(json.dumps(record))
+    shutil.copytree(out / "mlp" / "seed0", out / "copy" / "seed0")
+    mnist("--student", "mlp", "--seed", 7, *QUICK, "--out", tmp_path / "runs", "--quiet", "--examples", 300)
     analyze_here(tmp_path / "runs", "--json", tmp_path / "numbers" / "all.json")
     stdout, stderr = capfd.readouterr()
     assert stderr == "" and stdout.count("**(a)") == 1 and stdout.count("**(h)") == 1
     missing = stdout[stdout.index("## What is missing"):].splitlines()
     for name, words in {"cnn-to-mlp": "left out", "mlp-to-mlp": "left out", "cnn-to-cnn": "no barrier",
-                        "mlp-to-cnn": "unfinished", "other-task": "left out", "other-keys": "left out"}.items():
-        assert any(words in line and f"/{name}/" in line for line in missing), name
+                        "mlp-to-cnn": "unfinished", "other-task": "left out", "other-keys": "left out",
+                        "mlp/seed7": "other data", "mlp/seed0": "a second mlp"}.items():
+        assert any(words in line and f"/{name}" in line for line in missing), name
     assert json.loads((tmp_path / "numbers" / "all.json").read_text())["missing"]
 
 
