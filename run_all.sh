@@ -4,7 +4,7 @@
 #   ./run_all.sh                    everything: real data where they are to be had, 4 seeds, hours on a laptop
 #   ./run_all.sh --quick            the same questions with little synthetic data and 3 seeds, minutes on two cores
 #   ./run_all.sh --list [teachers | students]      print the commands, one a line; students need all the teachers
-#   SEEDS=10 JOBS=4 OUT=/shared/runs ./run_all.sh  more seeds, four runs at a time, another folder
+#   SEEDS=10 JOBS=4 OUT=/shared/runs ./run_all.sh  more seeds, four runs at a time (2 without), another folder
 #   FLAGS="--device cuda:1" ./run_all.sh           flags for every run
 #
 # Seeds are 0 .. SEEDS-1. The plain runs are the teachers: seed 1 teaches seed 0, seed 2 seed 1 and so on; the last seed
@@ -22,7 +22,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-SEEDS=${SEEDS:-$([ $quick ] && echo 3 || echo 4)} JOBS=${JOBS:-1} OUT=${OUT:-runs${quick:+-quick}}
+SEEDS=${SEEDS:-$([ $quick ] && echo 3 || echo 4)} JOBS=${JOBS:-2} OUT=${OUT:-runs${quick:+-quick}}
 for number in "$SEEDS" "$JOBS"; do
   case $number in '' | *[!0-9]* | 0*) fail "SEEDS and JOBS must be whole numbers above 0, not $number" ;; esac
 done
@@ -31,7 +31,7 @@ PYTHON=${PYTHON:-python}
 
 mnist='train_mnist.py' sva='train_sva.py'
 if [ $quick ]; then
-  mnist="$mnist --data synthetic --examples 12000" sva="$sva --data synthetic --examples 6000"
+  mnist="$mnist --data synthetic --examples 6000" sva="$sva --data synthetic --examples 6000"
 else  # Fetched here and once, not by each of JOBS runs; what can't be had is told once.
   "$PYTHON" -c 'import train_mnist; train_mnist.load_mnist("data")' >&2 2>/dev/null ||
     { mnist="$mnist --data synthetic"; echo "run_all.sh: MNIST is not in data/ nor to be had: SYNTHETIC digits" >&2; }
