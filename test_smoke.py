@@ -1025,3 +1025,32 @@ def test_analysis_of_no_runs_and_of_no_folder(tmp_path, capfd, monkeypatch):
     assert_refused(capfd, [tmp_path / "nowhere"], "no such folder", script=analyze_here)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it weren't installed
     assert_refused(capfd, [tmp_path, "--plots", tmp_path / "figures"], "needs matplotlib", script=analyze_here)
+
+
+def test_student_with_its_teachers_outputs_is_found_out(grid, tmp_path, capfd):
+    out = tmp_path / "mnist-synthetic"
+    for name, seed in (("mlp", 0), ("mlp", 1), ("mlp-to-mlp", 0)):
+        shutil.copytree(grid[0] / name / f"seed{seed}", out / name / f"seed{seed}")
+    shutil.copy(out / "mlp" / "seed1" / "outputs.npz", out / "mlp-to-mlp" / "seed0" / "outputs.npz")
+    analyze_here(tmp_path, "--json", tmp_path / "all.json")
+    group, = json.loads((tmp_path / "all.json").read_text())["groups"]
+    rows = {key: group["tables"][key]["rows"]["mlp-to-mlp"] for key in "cde"}
+    found = [rows["c"][f"{name}, own teacher"] for name in ("agreement", "error consistency", "divergence")]
+    found += [rows["d"]["RSA, own teacher"], rows["d"]["CKA, own teacher"], rows["e"]["distance, own teacher"]]
+    assert [value for value, in found] == pytest.approx([1, 1, 0, 1, 1, 0], abs=1e-4)
+    assert group["tables"]["c"]["rows"]["mlp"]["agreement, other plain"][0] < 0.99
+
+
+def test_nothing_is_learnt_from_shuffled_labels(tmp_path, monkeypatch):
+    make_data = train_mnist.make_data
+
+    def shuffled(*arguments):
+        data = make_data(*arguments)
+        images, labels = data["train"]
+        return data | {"train": (images, labels[torch.randperm(len(labels), generator=torch.manual_seed(0))])}
+
+    monkeypatch.setattr(train_mnist, "make_data", shuffled)
+    mnist("--teacher", "cnn", "--student", "mlp", "--kd", *QUICK, "--examples", 3000, "--out", tmp_path, "--quiet")
+    record = common.load_run(tmp_path / "mnist-synthetic" / "cnn-to-mlp" / "seed0")
+    for metrics in (*record["metrics"].values(), *record["teacher_metrics"].values()):
+        assert metrics["accuracy"] < 0.2  # chance is 0.1, standard deviation over 500 test digits 0.013
