@@ -150,6 +150,8 @@ def load_mnist(data_dir, quiet=False):
         return tensors
     except Exception as error:  # torchvision reports damage as ValueError, RuntimeError, AssertionError, OSError ...
         if not all((raw / name).is_file() for name in names):
+            with contextlib.suppress(OSError):  # the folders of a download that brought nothing
+                raw.rmdir(), raw.parent.rmdir()
             raise FileNotFoundError(f"MNIST is not in {raw} and can't be downloaded") from None
         reason = " ".join(str(error).split())
         raise common.UserError(f"the MNIST files in {raw} are truncated, swapped or unreadable ({reason}); "
