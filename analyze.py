@@ -144,7 +144,9 @@ def read_run(folder):
             if config["objective"] == "lm":
                 metrics[test]["perplexity"] = record["metrics"][test]["perplexity"]
     if len(outputs["probe_epochs"]) != len(outputs["probe_representations"]):
-        raise ValueError("as many epochs as snapshots")
+        raise ValueError("not as many epochs as snapshots")
+    for key in ("data", "student", *(("teacher", "teacher_seed") if config["kd"] else ())):
+        config[key]  # KeyError here and not later
     return Run(folder, common.run_name(config), int(config["seed"]), config, record, outputs, metrics)
 
 
@@ -188,7 +190,7 @@ def load_groups(root):
         runs = sorted(kept, key=lambda run: (kind_order(run.name), run.seed))
         task, source = runs[0].config["task"], runs[0].config["data"]
         title = {"mnist": "MNIST", "sva": "Subject-verb agreement"}[task]
-        title += {"mnist": "", "synthetic": " (synthetic data)", "linzen": " (Linzen et al.)"}[source]
+        title += {"mnist": "", "synthetic": " (synthetic data)", "linzen": " (Linzen et al.)"}.get(source, f" ({source})")
         title += ", language models" * (runs[0].config.get("objective") == "lm") + f": {parent}"
         group = Group(title, task, runs, {(run.name, run.seed): place for place, run in enumerate(runs)})
         groups.append(group)
@@ -356,7 +358,7 @@ def sva_measure(group, data_dir, device):
                                         ["--examples", str(config["examples"])])])
     args.device = device
     data, size, described, _ = train_sva.make_data(*train_sva.find_data(args), args)
-    if described != group.runs[0].record["data"]:
+    if described != group.runs[0].record.get("data"):
         raise common.UserError(f"the sentences in {data_dir} are not those of the runs")
     n, amp = BARRIER_EXAMPLES["sva"], common.has_bfloat16(device)
     chosen = torch.randperm(len(data["train"].lengths), generator=torch.Generator().manual_seed(0))[:n]
@@ -400,7 +402,7 @@ def measure_barriers(group, data_dir, device, problems):
         return []
     try:
         build, measure = (mnist_measure if group.task == "mnist" else sva_measure)(group, data_dir, device)
-    except (common.UserError, FileNotFoundError) as error:
+    except (common.UserError, FileNotFoundError, KeyError) as error:
         problems.append(f"no barriers for {group.title}: {error} (--data-dir says where the data are)")
         return []
     results, states, start = [], {}, time.perf_counter()
