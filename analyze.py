@@ -759,7 +759,7 @@ def plot_reliability(plt, group, weak):
                       if (bins == b).sum() >= 20]
             if points:
                 axis.plot(*zip(*points), color=colour, linestyle=line, marker=marker, markersize=3, linewidth=1,
-                          label=name)
+                          label=name, clip_on=False)
         axis.set(title=test, xlabel="confidence", xlim=(0 if group.task == "mnist" else 0.5, 1), ylim=(0, 1))
     axes[0][0].set_ylabel("accuracy")
     return with_legend(figure)
