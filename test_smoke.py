@@ -1054,3 +1054,16 @@ def test_nothing_is_learnt_from_shuffled_labels(tmp_path, monkeypatch):
     record = common.load_run(tmp_path / "mnist-synthetic" / "cnn-to-mlp" / "seed0")
     for metrics in (*record["metrics"].values(), *record["teacher_metrics"].values()):
         assert metrics["accuracy"] < 0.2  # chance is 0.1, standard deviation over 500 test digits 0.013
+
+
+@pytest.mark.parametrize("arguments, variables, expected", [
+    (["--fast"], {}, "unknown argument --fast"),
+    ([], {"SEEDS": "0"}, "whole numbers above 0"),
+    ([], {"JOBS": "two"}, "whole numbers above 0"),
+    ([], {"PYTHON": "/nowhere/python"}, "lacks torch"),
+    (["--quick"], {"OUT": "/proc/runs"}, "can't write to /proc/runs"),
+])
+def test_bad_input_to_the_grid_is_one_line(arguments, variables, expected):
+    result = subprocess.run([HERE / "run_all.sh", *arguments], capture_output=True, text=True,
+                            env=os.environ | {"PYTHON": sys.executable} | variables)
+    assert result.returncode == 2 and expected in result.stderr and result.stderr.count("\n") == 1
