@@ -157,22 +157,25 @@ def kind_order(name):
     return rank.get(student, 99), teacher != "", rank.get(teacher, 99), name
 
 
-def load_groups(root):
-    """-> ([Group], [what is missing or left out, a line each])."""
-    found, problems = {}, []
+def load_groups(root, problems):
+    """Yield a Group after the other, so that one at a time is in memory; `problems` gets a line for what is left out."""
+    folders = {}
     for folder in common.find_runs(root):
-        try:
-            run = read_run(folder)
-        except common.UserError as error:
-            problems.append(f"left out: {error}")
-        except Exception as error:  # a run of another version can differ in any way
-            problems.append(f"left out: {folder} is not a run this version reads ({type(error).__name__}: {error})")
-        else:
-            found.setdefault(folder.parent.parent, []).append(run)
+        folders.setdefault(folder.parent.parent, []).append(folder)
     problems += [f"unfinished: {path.parent}" for path in sorted(Path(root).glob("**/outputs.npz"))
                  if not (path.parent / "run.json").exists()]
-    groups = []
-    for parent, runs in sorted(found.items()):
+    for parent in sorted(folders):
+        runs = []
+        for folder in folders[parent]:
+            try:
+                runs.append(read_run(folder))
+            except common.UserError as error:
+                problems.append(f"left out: {error}")
+            except Exception as error:  # a run of another version can differ in any way
+                problems.append(f"left out: {folder} is not a run this version reads ({type(error).__name__}: {error})")
+        if not runs:
+            continue
+
         def data_of(run):
             keys = ("task", "data", "objective", "examples", "bytes")
             return json.dumps([run.config.get(key) for key in keys] + run.outputs["test_labels"].tolist())
@@ -193,7 +196,6 @@ def load_groups(root):
         title += {"mnist": "", "synthetic": " (synthetic data)", "linzen": " (Linzen et al.)"}.get(source, f" ({source})")
         title += ", language models" * (runs[0].config.get("objective") == "lm") + f": {parent}"
         group = Group(title, task, runs, {(run.name, run.seed): place for place, run in enumerate(runs)})
-        groups.append(group)
         seeds = {run.seed for run in runs}
         for name, kind in group.kinds().items():
             missing = sorted(seeds - {run.seed for run in kind})
@@ -203,7 +205,7 @@ def load_groups(root):
                        if key not in ("seed", "teacher_seed") and value != kind[0].config.get(key)}
             if unequal:
                 problems.append(f"{parent}: the runs of {name} differ in {', '.join(sorted(unequal))}")
-    return groups, problems
+        yield group
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -622,7 +624,8 @@ def test_claims(group, behaviours, paths, barriers):
     """
     task, claims = group.task, []
     names = {run.name for run in group.runs}
-    test_barriers = {tuple(entry["runs"]): barrier(entry["test_loss"]) for entry in barriers}
+    # Of the training loss: a basin is one of it, and on tests unlike the training data no two runs are apart.
+    heights = {tuple(entry["runs"]): barrier(entry["train_loss"]) for entry in barriers}
 
     def run_at(name, seed):
         return group.runs[group.at[name, seed]]  # KeyError: not there
@@ -685,10 +688,10 @@ def test_claims(group, behaviours, paths, barriers):
         claim(f"and of representations: 1 - CKA between seeds, {weak} - {strong}",
               lambda seed: (spread_within(group, paths.final["CKA"], strong, seed)
                             - spread_within(group, paths.final["CKA"], weak, seed)))
-        claim("a strong teacher moves the student out of its basin, itself doesn't: barrier (test loss) from the plain "
-              f"twin, {taught} - {self_taught}",
-              lambda seed: (test_barriers[f"{weak}/seed{seed}", f"{taught}/seed{seed}"]
-                            - test_barriers[f"{weak}/seed{seed}", f"{self_taught}/seed{seed}"]))
+        claim("a strong teacher moves the student out of its basin, itself doesn't: barrier (training loss) from the "
+              f"plain twin, {taught} - {self_taught}",
+              lambda seed: (heights[f"{weak}/seed{seed}", f"{taught}/seed{seed}"]
+                            - heights[f"{weak}/seed{seed}", f"{self_taught}/seed{seed}"]))
     return claims
 
 
@@ -913,9 +916,9 @@ def main(argv=None):
     for folder in (args.json.parent if args.json else None, args.plots):
         if folder is not None:
             common.check_writable(folder)
-    groups, problems = load_groups(args.runs)
-    results = [analyze_group(group, args, problems) for group in groups]
-    if not groups:
+    problems = []
+    results = [analyze_group(group, args, problems) for group in load_groups(args.runs, problems)]
+    if not results:
         problems.append(f"{args.runs} has no finished run: train some, for example with ./run_all.sh --quick")
     if problems:
         print("\n## What is missing\n\n" + "\n".join(f"- {problem}" for problem in problems))
