@@ -747,7 +747,7 @@ def with_legend(figure):
 def plot_reliability(plt, group, weak):
     """Accuracy over confidence, 15 bins over all seeds; bins of fewer than 20 examples are left out."""
     tests = TESTS[group.task]
-    width = max(3.6, 2.4 * len(tests) + 0.6)
+    width = max(4.8, 2.4 * len(tests) + 0.6)
     figure, axes = plt.subplots(1, len(tests), figsize=(width, 2.9), squeeze=False, sharey=True)
     for axis, test in zip(axes[0], tests):
         axis.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
@@ -782,26 +782,26 @@ def plot_paths(plt, group, weak, paths):
             own = [row for row, i in enumerate(chosen) if group.runs[paths.run_of[i]] is run]
             axis.plot(points[own, 0], points[own, 1], color=colour, linestyle=line, linewidth=0.9, marker=marker,
                       markersize=2, label=name if number == 0 else None)
-            axis.plot(*points[own[-1]], color=colour, marker=marker, markersize=6, markeredgecolor="white")
+            axis.plot(*points[own[-1]], color=colour, marker=marker, markersize=7, markeredgecolor="white", markeredgewidth=0.5)
     axis.set(xlabel="first dimension of 1 - RSA", ylabel="second dimension (large markers: end of training)")
     axis.set_aspect("equal", adjustable="datalim")
     return with_legend(figure)
 
 
 def plot_barriers(plt, group, weak, barriers):
-    """Test loss and accuracy on the straight way between two runs, mean over pairs."""
+    """Training loss and accuracy on the straight way between two runs, mean over pairs."""
     kinds = [entry for entry in dict.fromkeys(e["pair"] for e in barriers) if entry.startswith(f"{weak}:")]
     if not kinds:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(6, 2.9))
     styles = [*STYLES.values(), ("#2e8b57", "-", "v"), ("#b8860b", "--", "x")]
     for what, (colour, line, marker) in zip(kinds, styles):
-        for axis, measure in zip(axes, ("test_loss", "test_accuracy")):
+        for axis, measure in zip(axes, ("train_loss", "train_accuracy")):
             mean = torch.tensor([entry[measure] for entry in barriers if entry["pair"] == what]).mean(dim=0)
             axis.plot(torch.linspace(0, 1, len(mean)), mean, color=colour, linestyle=line, marker=marker, markevery=4,
                       markersize=3, linewidth=1, label=what.removeprefix(f"{weak}: "))
-    axes[0].set(xlabel="way from one run to the other", ylabel="test loss (nats)")
-    axes[1].set(xlabel="way from one run to the other", ylabel="test accuracy")
+    axes[0].set(xlabel="way from one run to the other", ylabel="training loss (nats)")
+    axes[1].set(xlabel="way from one run to the other", ylabel="training accuracy")
     return with_legend(figure)
 
 
