@@ -158,7 +158,7 @@ def kind_order(name):
 
 
 def load_groups(root, problems):
-    """Yield a Group after the other, so that one at a time is in memory; `problems` gets a line for what is left out."""
+    """Yield one Group at a time, to spare memory; `problems` gets a line for each thing missing or left out."""
     folders = {}
     for folder in common.find_runs(root):
         folders.setdefault(folder.parent.parent, []).append(folder)
@@ -193,7 +193,7 @@ def load_groups(root, problems):
         runs = sorted(kept, key=lambda run: (kind_order(run.name), run.seed))
         task, source = runs[0].config["task"], runs[0].config["data"]
         title = {"mnist": "MNIST", "sva": "Subject-verb agreement"}[task]
-        title += {"mnist": "", "synthetic": " (synthetic data)", "linzen": " (Linzen et al.)"}.get(source, f" ({source})")
+        title += {"mnist": "", "synthetic": " (synthetic data)"}.get(source, f" ({source})")
         title += ", language models" * (runs[0].config.get("objective") == "lm") + f": {parent}"
         group = Group(title, task, runs, {(run.name, run.seed): place for place, run in enumerate(runs)})
         seeds = {run.seed for run in runs}
@@ -582,8 +582,8 @@ def path_table(group, paths):
 
 def barrier_table(group, barriers):
     table = Table(f"**(f) Basins**: barrier on the straight way between two runs, {BARRIER_POINTS} points, "
-                  f"{BARRIER_EXAMPLES[group.task]} examples each. Near 0: one basin. Look whether a taught student has left the "
-                  "basin of its plain twin, and a self-distilled one has not.", "pair",
+                  f"{BARRIER_EXAMPLES[group.task]} examples each. Near 0: one basin. Look whether a taught student "
+                  "has left the basin of its plain twin, and a self-distilled one has not.", "pair",
                   {"loss, training": (0, 3), "loss, test": (0, 3), "accuracy, training": (0, 3),
                    "accuracy, test": (0, 3), "pairs": (0, 0)})
     for what in dict.fromkeys(entry["pair"] for entry in barriers):
@@ -782,7 +782,8 @@ def plot_paths(plt, group, weak, paths):
             own = [row for row, i in enumerate(chosen) if group.runs[paths.run_of[i]] is run]
             axis.plot(points[own, 0], points[own, 1], color=colour, linestyle=line, linewidth=0.9, marker=marker,
                       markersize=2, label=name if number == 0 else None)
-            axis.plot(*points[own[-1]], color=colour, marker=marker, markersize=7, markeredgecolor="white", markeredgewidth=0.5)
+            axis.plot(*points[own[-1]], color=colour, marker=marker, markersize=7, markeredgecolor="white",
+                      markeredgewidth=0.5)
     axis.set(xlabel="first dimension of 1 - RSA", ylabel="second dimension (large markers: end of training)")
     axis.set_aspect("equal", adjustable="datalim")
     return with_legend(figure)
