@@ -912,6 +912,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     if not args.runs.is_dir():
         raise common.UserError(f"{args.runs}: no such folder; give the one the training scripts wrote to (--out)")
+    if args.json and args.json.is_dir():
+        raise common.UserError(f"--json {args.json} is a folder; give a file in it")
     if args.plots:
         import_pyplot()
     for folder in (args.json.parent if args.json else None, args.plots):

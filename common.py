@@ -368,9 +368,13 @@ def check_shared_arguments(parser, args, default_temperature):
 
 
 def run_main(main, argv=None):
-    """Call main(argv); a UserError ends in one line on stderr and exit code 2, Ctrl-C in one line and exit code 130."""
+    """Call main(argv); end a UserError in one line and exit code 2, Ctrl-C in one and 130, a closed pipe in 141."""
     try:
         main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, head say, has seen enough; what is left unwritten must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no compiler, say
             error = UserError(f"--compile doesn't work here ({type(error).__name__}); leave it out")

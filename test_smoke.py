@@ -1019,10 +1019,20 @@ def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd)
     assert json.loads((tmp_path / "numbers" / "all.json").read_text())["missing"]
 
 
+def test_reader_that_has_seen_enough(grid):
+    process = subprocess.Popen([sys.executable, HERE / "analyze.py", grid[0]], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == ""
+
+
 def test_analysis_of_no_runs_and_of_no_folder(tmp_path, capfd, monkeypatch):
     analyze_here(tmp_path)
     assert "has no finished run" in capfd.readouterr().out
     assert_refused(capfd, [tmp_path / "nowhere"], "no such folder", script=analyze_here)
+    assert_refused(capfd, [tmp_path, "--json", tmp_path], "is a folder", script=analyze_here)
+    assert_refused(capfd, [tmp_path, "--json", "/proc/numbers.json"], "can't write", script=analyze_here)
+    assert_refused(capfd, [], "required: runs", script=analyze_here)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it weren't installed
     assert_refused(capfd, [tmp_path, "--plots", tmp_path / "figures"], "needs matplotlib", script=analyze_here)
 
