@@ -10,7 +10,6 @@ only timing and perplexity come from run.json. What is missing is named at the e
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -359,10 +358,10 @@ def sva_measure(group, data_dir, device):
                                       *(["--data-dir", str(data_dir)] if source == "linzen" else
                                         ["--examples", str(config["examples"])])])
     args.device = device
-    data, size, described, _ = train_sva.make_data(*train_sva.find_data(args), args)
+    data, described, _ = train_sva.make_data(*train_sva.find_data(args), args)
     if described != group.runs[0].record.get("data"):
         raise common.UserError(f"the sentences in {data_dir} are not those of the runs")
-    n, amp = BARRIER_EXAMPLES["sva"], common.has_bfloat16(device)
+    n, words, amp = BARRIER_EXAMPLES["sva"], described["vocabulary"], common.has_bfloat16(device)
     chosen = torch.randperm(len(data["train"].lengths), generator=torch.Generator().manual_seed(0))[:n]
     train = train_sva.Split(data["train"].tokens, *(column[chosen] for column in data["train"][1:]))
     probe = train_sva.Split(data["probe"].tokens, *(column[:n] for column in data["probe"][1:]))
@@ -370,12 +369,12 @@ def sva_measure(group, data_dir, device):
     def measure(model):
         values = []
         for split in (train, probe):
-            logits, _, perplexity = train_sva.evaluate(model, split, objective, amp, device)
+            logits, _, perplexity = train_sva.evaluate(model, split, objective, amp)
             scores = common.classification_metrics(logits, split.labels.cpu())
             values += [scores["nll"] if perplexity is None else math.log(perplexity), scores["accuracy"]]
         return values
 
-    return lambda run: train_sva.build_model(run.config["student"], 0, size, objective).to(device), measure
+    return lambda run: train_sva.build_model(run.config["student"], 0, words, objective).to(device), measure
 
 
 def barrier_pairs(group):
@@ -926,9 +925,8 @@ def main(argv=None):
     if problems:
         print("\n## What is missing\n\n" + "\n".join(f"- {problem}" for problem in problems))
     if args.json:
-        temporary = args.json.with_name(f".{args.json.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(rounded({"groups": results, "missing": problems}), allow_nan=False))
-        os.replace(temporary, args.json)
+        text = json.dumps(rounded({"groups": results, "missing": problems}), allow_nan=False)
+        common.write_files(args.json.parent, {args.json.name: text.encode()})
         print(f"numbers written to {args.json}")
 
 

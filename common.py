@@ -5,6 +5,8 @@ data set. To use a part elsewhere, copy the function: none needs more than the i
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
@@ -164,35 +166,46 @@ def check_writable(directory):
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise UserError(f"can't write to {directory} ({error.strerror}); choose another folder with --out") from None
+        raise UserError(f"can't write to {directory} ({error.strerror}); choose another folder") from None
 
 
-def save_run(directory, record, outputs, state_dict):
-    """Write model.pt, outputs.npz and, last, run.json: a run exists if and only if its run.json does.
+def write_files(directory, contents):
+    """Write {file name: bytes} into `directory`; UserError, with nothing changed, where there is no room or permission.
 
-    record: what json can write. outputs: {name: tensor or array}. state_dict: {name: tensor}. A run that was there
-    before is replaced; whatever interrupts that, no mixture of the two is left to be taken for finished.
+    The last file goes first and comes last: while it is there, all are, and they belong together.
     """
     directory = Path(directory)
-    # json writes NaN and infinity as words no other language reads; a diverged run has null there.
-    text = json.dumps(_finite(record), indent=1, allow_nan=False)
-    writers = {"model.pt": lambda file: torch.save({k: v.cpu() for k, v in state_dict.items()}, file),
-               "outputs.npz": lambda file: np.savez(file, **{k: np.asarray(v) for k, v in outputs.items()}),
-               "run.json": lambda file: file.write(text.encode())}
-    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in writers}
+    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in contents}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, write in writers.items():
-            with open(temporary[name], "wb") as file:
-                write(file)
-        (directory / "run.json").unlink(missing_ok=True)
-        for name in writers:
+        for name, content in contents.items():
+            temporary[name].write_bytes(content)
+        (directory / list(contents)[-1]).unlink(missing_ok=True)
+        for name in contents:
             os.replace(temporary[name], directory / name)
     except OSError as error:
-        raise UserError(f"can't write the run to {directory} ({error.strerror}); nothing was saved") from None
+        raise UserError(f"can't write to {directory} ({error.strerror}); nothing was changed there") from None
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that is read-only by now
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+
+
+def save_run(directory, record, outputs, state_dict, force=False):
+    """Write model.pt, outputs.npz and, last, run.json: a run exists if and only if its run.json does.
+
+    record: what json can write. outputs: {name: tensor or array}. state_dict: {name: tensor}. A run of this
+    configuration that another process has finished meanwhile is kept, unless `force`; UserError for one of another.
+    """
+    if finished_run(directory, record["config"], force) is not None:
+        return
+    model, arrays = io.BytesIO(), io.BytesIO()  # torch has its own words for a full disk, so it doesn't get to see it
+    torch.save({name: tensor.cpu() for name, tensor in state_dict.items()}, model)
+    np.savez(arrays, **{name: np.asarray(value) for name, value in outputs.items()})
+    # json writes NaN and infinity as words no other language reads; a diverged run has null there.
+    text = json.dumps(_finite(record), indent=1, allow_nan=False)
+    write_files(directory, {"model.pt": model.getbuffer(), "outputs.npz": arrays.getbuffer(),
+                            "run.json": text.encode()})
 
 
 def _finite(value):
@@ -368,7 +381,8 @@ def check_shared_arguments(parser, args, default_temperature):
 
 
 def run_main(main, argv=None):
-    """Call main(argv); end a UserError in one line and exit code 2, Ctrl-C in one and 130, a closed pipe in 141."""
+    """Call main(argv); end what the user can mend in one line and exit code 2, Ctrl-C in 130, a closed pipe in 141."""
+    sys.stdout.reconfigure(errors="replace")  # where the locale has no ±, the tables come all the same
     try:
         main(argv)
         sys.stdout.flush()
@@ -378,7 +392,7 @@ def run_main(main, argv=None):
     except Exception as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):  # no compiler, say
             error = UserError(f"--compile doesn't work here ({type(error).__name__}); leave it out")
-        if not isinstance(error, UserError):
+        if not isinstance(error, (UserError, OSError)):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -164,9 +165,9 @@ def test_rsa_and_linear_cka():
 # Run files and progress
 
 
-def save_example(directory, tag, **record):
+def save_example(directory, tag, force=False, **record):
     common.save_run(directory, {"config": {"tag": tag}, "metrics": {}, **record},
-                    {"x": torch.arange(3)}, {"w": torch.tensor([float(tag)])})
+                    {"x": torch.arange(3)}, {"w": torch.tensor([float(tag)])}, force)
 
 
 def test_run_files(tmp_path):
@@ -181,6 +182,10 @@ def test_run_files(tmp_path):
     assert common.finished_run(directory, {"tag": 2}, force=True) is None
     with pytest.raises(common.UserError, match="tag is 1, not 2"):
         common.finished_run(directory, {"tag": 2})
+    with pytest.raises(common.UserError, match="tag is 1, not 2"):  # as if another process had been faster
+        save_example(directory, 2)
+    save_example(directory, 1, loss=3)
+    assert common.load_run(directory)["loss"] is None  # the first of two equal runs stays
     for name, load in (("outputs.npz", common.load_outputs), ("run.json", common.load_run),
                        ("model.pt", lambda d: common.load_weights(torch.nn.Linear(1, 1), d))):
         (directory / name).write_bytes((directory / name).read_bytes()[:-9])
@@ -201,7 +206,7 @@ def test_interrupted_save_leaves_no_mixture(tmp_path, monkeypatch, moment):
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_example(tmp_path, 2)
+        save_example(tmp_path, 2, force=True)
     assert common.load_run(tmp_path) is None and not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
 
 
@@ -429,10 +434,11 @@ def test_finished_run_is_not_repeated_unless_forced(grid, capsys):
     assert (directory / "run.json").stat().st_mtime_ns > before and capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("examples, batch_size", [(60, 50), (60, 1000), (132, 60)])
-def test_one_or_two_steps_are_enough_for_the_schedule(tmp_path, examples, batch_size):
-    mnist("--data", "synthetic", "--examples", examples, "--batch-size", batch_size, "--epochs", 1, "--out", tmp_path,
-          "--device", "cpu", "--quiet")
+@pytest.mark.parametrize("examples, batch_size, epochs", [(60, 50, 1), (60, 1000, 1), (132, 60, 1), (60, 50, 3),
+                                                          (60, 50, 4), (60, 50, 5)])
+def test_few_steps_are_enough_for_the_schedule(tmp_path, examples, batch_size, epochs):
+    mnist("--data", "synthetic", "--examples", examples, "--batch-size", batch_size, "--epochs", epochs,
+          "--out", tmp_path, "--device", "cpu", "--quiet")
     assert common.load_run(tmp_path / "mnist-synthetic" / "mlp" / "seed0")["history"][0]["loss"] > 0
 
 
@@ -448,12 +454,15 @@ def copied_out(tmp_path_factory):
     return folder
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, largest_file=None):
+    def prepare():  # Ctrl-C is switched off, and that is inherited, where the tests run in the background.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.Popen([sys.executable, "train_mnist.py", *arguments], cwd=folder, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            # Ctrl-C is switched off, and that is inherited, where the tests run in the background.
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare)
 
 
 def test_two_files_alone_do_the_main_job(copied_out):
@@ -475,6 +484,13 @@ def test_killed_run_leaves_nothing_that_looks_finished(copied_out, how):
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
     assert len(stderr.split("\n")) <= 3 and "Traceback" not in stderr
     assert not list((copied_out / "runs" / "mnist-synthetic" / "mlp").rglob("*.*"))
+
+
+def test_disk_that_is_full_at_the_end(copied_out):
+    process = start(copied_out, "--student", "mlp", *QUICK, "--seed", "8", "--quiet", largest_file=100_000)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2 and stderr.count("\n") == 1 and "can't write to" in stderr
+    assert not list((copied_out / "runs" / "mnist-synthetic" / "mlp" / "seed8").iterdir())
 
 
 def test_bad_input_from_the_shell(copied_out):
@@ -534,7 +550,7 @@ def test_cuda_where_there_is_none(monkeypatch, capfd, tmp_path):
 
 def test_output_folder_that_cannot_be_written(tmp_path, capfd):
     (tmp_path / "file").write_text("in the way")
-    assert_refused(capfd, [*QUICK, "--out", tmp_path / "file", "--quiet"], "--out")
+    assert_refused(capfd, [*QUICK, "--out", tmp_path / "file", "--quiet"], "choose another folder")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -682,7 +698,7 @@ def test_language_model_scores_words_and_verb_forms_like_a_loop():
     other = sentence._replace(text="a c d", verb=1)
     vocabulary = {"a": 4, "b": 5, "c": 6, "d": 7}
     split, _ = train_sva.encode([sentence, other], vocabulary, "lm")
-    logits, _, perplexity = train_sva.evaluate(model, split, "lm", False, torch.device("cpu"))
+    logits, _, perplexity = train_sva.evaluate(model, split, "lm", False)
     total, words = 0.0, 0
     for row, (text, verb) in enumerate((([4, 5, 6, 7], 2), ([4, 6, 7], 1))):
         sequence = [train_sva.START, *text, train_sva.END]
@@ -700,8 +716,8 @@ def test_pieces_of_the_last_layer_give_the_gradient_of_the_whole(tmp_path, monke
     outcomes = []
     for piece in (50, 100_000):
         monkeypatch.setattr(train_sva, "PIECE", piece)
-        sva("--data", "synthetic", "--examples", 200, "--epochs", 1, "--objective", "lm", "--student", "lstm-small", *kd,
-            "--device", "cpu", "--no-amp", "--quiet", "--out", tmp_path / str(piece))
+        sva("--data", "synthetic", "--examples", 200, "--epochs", 1, "--objective", "lm", "--student", "lstm-small",
+            *kd, "--device", "cpu", "--no-amp", "--quiet", "--out", tmp_path / str(piece))
         run, = [path for path in (tmp_path / str(piece)).glob("*/*lstm-small*/seed0")]
         loss = common.load_run(run)["history"][0]["loss"]
         outcomes.append((loss, torch.load(run / "model.pt", weights_only=True)))
@@ -1021,7 +1037,8 @@ def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd)
 
 def test_reader_that_has_seen_enough(grid):
     process = subprocess.Popen([sys.executable, HERE / "analyze.py", grid[0]], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+                               stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert "0.5" in process.stdout.read(3000)  # and a table, though ± is unknown there
     process.stdout.close()
     assert process.wait(60) == 141 and process.stderr.read() == ""
 

@@ -75,7 +75,7 @@ MODELS = {"mlp": MLP, "cnn": CNN}
 
 
 def build_model(name, seed):
-    """A new model whose initial weights depend on (name, seed) alone, on every device."""
+    """A new model whose initial weights depend on (name, seed) alone."""
     common.seed_everything(seed)
     return MODELS[name]()
 
@@ -296,6 +296,7 @@ def make_optimizer(model, recipe, steps):
     """AdamW and its one-cycle schedule over `steps` steps."""
     fused = next(model.parameters()).device.type != "mps"
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=recipe["weight_decay"], fused=fused)
+    steps = max(steps, 5)  # OneCycleLR divides by 0 where the first quarter is one step
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=steps, pct_start=0.25)
 
 
@@ -401,7 +402,7 @@ def run(config, data, directory, args, timing, teacher_record=None, teacher_logi
         record["teacher_metrics"] = teacher_record["metrics"]
         record["parameters"]["teacher"] = teacher_record["parameters"]["student"]
     record["timing"] = {**timing, **training_timing, "evaluation": time.perf_counter() - start}
-    common.save_run(directory, record, outputs, models["student"].state_dict())
+    common.save_run(directory, record, outputs, models["student"].state_dict(), args.force)
     if not args.quiet:
         print(f"written to {directory}")
     return record

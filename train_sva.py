@@ -12,9 +12,9 @@ inductive bias. Every run leaves run.json, outputs.npz and model.pt in runs/sva-
 
 import argparse
 import gzip
+import io
 import itertools
 import json
-import os
 import random
 import sys
 import time
@@ -140,6 +140,13 @@ MODELS = {"lstm": lambda *sizes: LSTM(*sizes, width=128),
           "ut-seq": lambda *sizes: Transformer(*sizes, width=160, shared=True),
           "lstm-small": lambda *sizes: LSTM(*sizes, width=64),
           "transformer-seq-small": lambda *sizes: Transformer(*sizes, width=48)}
+
+
+def build_model(name, seed, words, objective):
+    """A new model for a vocabulary of `words`, whose initial weights depend on (name, seed) and the sizes alone."""
+    common.seed_everything(seed)
+    tokens = words + END + 1
+    return MODELS[name](tokens, tokens if objective == "lm" else 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -466,14 +473,52 @@ def batches_by_length(lengths, batch_size, generator):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
+def make_data(source, files, args):
+    """-> ({"train", "validation", "test", "probe": Split}, what is in them, notes for the reader).
+
+    Real sentences, once read, are kept as tensors below --out; the copy is made anew when a file or a flag changes.
+    """
+    cache = None
+    if source == "linzen":
+        key = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        key = json.dumps([key, args.objective, VOCABULARY_SIZE])
+        cache = args.out / "cache" / f"sva-{args.objective}-{zlib.crc32(key.encode()):08x}.pt"
+        if cache.is_file():
+            try:
+                kept = torch.load(cache, weights_only=True)
+                if kept["key"] == key:
+                    splits = {name: Split(*tensors).to(args.device) for name, tensors in kept["splits"].items()}
+                    return splits, kept["described"], kept["notes"]
+            except Exception:  # a damaged cache is no cache
+                pass
+        sentences, notes = read_linzen(files)
+    else:
+        sentences, notes = synthetic_sentences(args.examples), []
+    vocabulary = make_vocabulary(sentences["train"])
+    splits, left_out = {}, 0
+    for name, part in sentences.items():
+        splits[name], out = encode(part, vocabulary, args.objective)
+        left_out += out
+    if any(len(split.lengths) == 0 for split in splits.values()):
+        empty = ", ".join(name for name, split in splits.items() if len(split.lengths) == 0)
+        raise common.UserError(f"no sentence is left for {empty}; use more --examples or other files")
+    if left_out:
+        notes.append(f"{left_out:,} sentences left out: longer than {LONGEST_SENTENCE} words"
+                     + " or without the verb's other form in the vocabulary" * (args.objective == "lm"))
+    chosen = torch.randperm(len(splits["test"].lengths), generator=torch.Generator().manual_seed(0))[:PROBE_SIZE]
+    splits["probe"] = Split(splits["test"].tokens, *(column[chosen] for column in splits["test"][1:]))
+    described = {"source": source, **{name: len(split.lengths) for name, split in splits.items()},
+                 "vocabulary": len(vocabulary), "left_out": left_out, "files": [path.name for path in files]}
+    if cache is not None:
+        kept = io.BytesIO()
+        torch.save({"key": key, "splits": {name: tuple(split) for name, split in splits.items()},
+                    "described": described, "notes": notes}, kept)
+        common.write_files(cache.parent, {cache.name: kept.getbuffer()})
+    return {name: split.to(args.device) for name, split in splits.items()}, described, notes
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
-
-
-def build_model(name, seed, vocabulary_size, objective):
-    """A new model whose initial weights depend on (name, seed) and the sizes alone, on every device."""
-    common.seed_everything(seed)
-    return MODELS[name](vocabulary_size, vocabulary_size if objective == "lm" else 2)
 
 
 def answer_states(model, tokens, lengths, objective):
@@ -485,13 +530,13 @@ def answer_states(model, tokens, lengths, objective):
 
 
 @torch.no_grad()
-def evaluate(model, split, objective, amp, device):
+def evaluate(model, split, objective, amp):
     """What `model`, in eval mode, says of every sentence, in the split's order, float32 on the CPU.
 
     -> logits (sentences, 2) of singular and plural (for a language model the log-probabilities of the verb's two
     forms), the states they were read from (sentences, width), and perplexity per word (None for a classifier).
     """
-    was_training = model.training
+    device, was_training = split.tokens.device, model.training
     model.eval()
     order = split.lengths.argsort(stable=True)
     logits, representations, loss, words = [], [], 0.0, 0
@@ -541,17 +586,25 @@ def agreement_metrics(logits, labels, attractors, distance):
             "accuracy_by_distance": by_distance or None}
 
 
-def train(config, data, vocabulary_size, args, teacher=None, teacher_logits=None):
+def make_optimizer(model, recipe, steps):
+    """AdamW and its one-cycle schedule over `steps` steps."""
+    fused = next(model.parameters()).device.type != "mps"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=recipe["weight_decay"], fused=fused)
+    steps = max(steps, 5)  # OneCycleLR divides by 0 where the first quarter is one step
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=steps, pct_start=0.25)
+
+
+def train(config, data, words, args, teacher_logits=None, teacher=None):
     """Train what `config` describes; -> (models, history, snapshots, timing), as in train_mnist.py.
 
     The offline teacher: for a classifier `teacher_logits` (sentences, 2), by sentence; for a language model, whose
     logits over the vocabulary would not fit, the `teacher` itself, asked batch by batch.
     """
     objective, split, device = config["objective"], data["train"], args.device
-    models = {"student": build_model(config["student"], config["seed"], vocabulary_size, objective)}
+    models = {"student": build_model(config["student"], config["seed"], words, objective)}
     recipes = {"student": config}
     if config["kd"] == "online":
-        models["teacher"] = build_model(config["teacher"], config["teacher_seed"], vocabulary_size, objective)
+        models["teacher"] = build_model(config["teacher"], config["teacher_seed"], words, objective)
         recipes["teacher"] = {key.removeprefix("teacher_"): value for key, value in config.items()}
     steps = max(1, len(split.lengths) // config["batch_size"])
     optimizers = []
@@ -617,31 +670,24 @@ def train(config, data, vocabulary_size, args, teacher=None, teacher_logits=None
             mean_loss = float(total_loss) / steps
             seconds = time.perf_counter() - start
             training_seconds += seconds
-            logits, _, _ = evaluate(models["student"], data["validation"], objective, args.amp, device)
+            logits, _, _ = evaluate(models["student"], data["validation"], objective, args.amp)
             accuracy = (logits.argmax(dim=1) == data["validation"].labels.cpu()).float().mean().item()
             history.append({"epoch": epoch, "loss": mean_loss, "validation_accuracy": accuracy, "seconds": seconds})
             progress.epoch(epoch, mean_loss, accuracy, seconds)
             if not mean_loss < float("inf"):
                 raise common.UserError(f"the loss is {mean_loss} in epoch {epoch}: nothing is kept; try a lower --lr")
         if epoch & (epoch - 1) == 0 or epoch == config["epochs"]:  # 0, 1, 2, 4, 8 ... and the last
-            snapshots[epoch] = evaluate(models["student"], data["probe"], objective, args.amp, device)[1]
+            snapshots[epoch] = evaluate(models["student"], data["probe"], objective, args.amp)[1]
     words = config["epochs"] * int(split.lengths.sum())
     return models, history, snapshots, {"training": training_seconds,
                                         "examples_per_second": config["epochs"] * len(split.lengths) / training_seconds,
                                         "tokens_per_second": words / training_seconds}
 
 
-def make_optimizer(model, recipe, steps):
-    """AdamW and its one-cycle schedule over `steps` steps."""
-    fused = next(model.parameters()).device.type != "mps"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=recipe["weight_decay"], fused=fused)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=steps, pct_start=0.25)
-
-
-def test_model(model, data, config, args):
+def test_all(model, data, config, args):
     """-> ({"test": metrics}, arrays for outputs.npz)."""
     split = data["test"]
-    logits, _, perplexity = evaluate(model, split, config["objective"], args.amp, args.device)
+    logits, _, perplexity = evaluate(model, split, config["objective"], args.amp)
     labels, attractors, distance = split.labels.cpu(), split.attractors.cpu(), split.distance.cpu()
     metrics = agreement_metrics(logits, labels, attractors, distance)
     if perplexity is not None:
@@ -650,35 +696,35 @@ def test_model(model, data, config, args):
                                "test_distance": distance}
 
 
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def run(config, data, described, vocabulary_size, directory, args, timing, teacher=None, teacher_logits=None,
-        teacher_record=None):
+def run(config, data, described, directory, args, timing, teacher_record=None, teacher_logits=None, teacher=None):
     """Train, test and save one run; -> its record, as in run.json."""
     if not args.quiet:
         print(f"\n{common.run_name(config)}, seed {config['seed']}: {config['epochs']} epochs of "
               f"{len(data['train'].lengths):,} sentences in batches of {config['batch_size']}")
-    models, history, snapshots, training_timing = train(config, data, vocabulary_size, args, teacher, teacher_logits)
+    models, history, snapshots, training_timing = train(config, data, described["vocabulary"], args, teacher_logits,
+                                                          teacher)
     start = time.perf_counter()
-    metrics, outputs = test_model(models["student"], data, config, args)
+    metrics, outputs = test_all(models["student"], data, config, args)
     outputs |= {"probe_epochs": list(snapshots), "probe_representations": torch.stack(list(snapshots.values()))}
     record = {"config": config, "data": described,
               "environment": common.describe_environment(args.device, args.amp, args.compile),
               "parameters": {role: count_parameters(model) for role, model in models.items()},
               "history": history, "metrics": metrics}
     if config["kd"] == "online":
-        record["teacher_metrics"], teacher_outputs = test_model(models["teacher"], data, config, args)
+        record["teacher_metrics"], teacher_outputs = test_all(models["teacher"], data, config, args)
         outputs["teacher_test_logits"] = teacher_outputs["test_logits"]
     elif config["kd"] == "offline":
         record["teacher_metrics"] = teacher_record["metrics"]
         record["parameters"]["teacher"] = teacher_record["parameters"]["student"]
     record["timing"] = {**timing, **training_timing, "evaluation": time.perf_counter() - start}
-    common.save_run(directory, record, outputs, models["student"].state_dict())
+    common.save_run(directory, record, outputs, models["student"].state_dict(), args.force)
     if not args.quiet:
         print(f"written to {directory}")
     return record
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -720,52 +766,6 @@ def find_data(args):
     print(f"\n*** WARNING: {missing}.\n*** Using SYNTHETIC sentences of a grammar: "
           "no figure of this run is about English.\n", file=sys.stderr, flush=True)
     return "synthetic", []
-
-
-def make_data(source, files, args):
-    """-> ({"train", "validation", "test", "probe": Split}, vocabulary size, what is in them, notes for the reader).
-
-    Real sentences, once read, are kept as tensors below --out; the copy is made anew when a file or a flag changes.
-    """
-    cache = None
-    if source == "linzen":
-        key = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-        key = json.dumps([key, args.objective, VOCABULARY_SIZE])
-        cache = args.out / "cache" / f"sva-{args.objective}-{zlib.crc32(key.encode()):08x}.pt"
-        if cache.is_file():
-            try:
-                kept = torch.load(cache, weights_only=True)
-                if kept["key"] == key:
-                    splits = {name: Split(*tensors).to(args.device) for name, tensors in kept["splits"].items()}
-                    return splits, kept["vocabulary_size"], kept["described"], kept["notes"]
-            except Exception:  # a damaged cache is no cache
-                pass
-        sentences, notes = read_linzen(files)
-    else:
-        sentences, notes = synthetic_sentences(args.examples), []
-    vocabulary = make_vocabulary(sentences["train"])
-    splits, left_out = {}, 0
-    for name, part in sentences.items():
-        splits[name], out = encode(part, vocabulary, args.objective)
-        left_out += out
-    if any(len(split.lengths) == 0 for split in splits.values()):
-        empty = ", ".join(name for name, split in splits.items() if len(split.lengths) == 0)
-        raise common.UserError(f"no sentence is left for {empty}; use more --examples or other files")
-    if left_out:
-        notes.append(f"{left_out:,} sentences left out: longer than {LONGEST_SENTENCE} words"
-                     + " or without the verb's other form in the vocabulary" * (args.objective == "lm"))
-    chosen = torch.randperm(len(splits["test"].lengths), generator=torch.Generator().manual_seed(0))[:PROBE_SIZE]
-    splits["probe"] = Split(splits["test"].tokens, *(column[chosen] for column in splits["test"][1:]))
-    described = {"source": source, **{name: len(split.lengths) for name, split in splits.items()},
-                 "vocabulary": len(vocabulary), "left_out": left_out, "files": [path.name for path in files]}
-    size = len(vocabulary) + END + 1
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(f".{os.getpid()}.tmp")
-        torch.save({"key": key, "splits": {name: tuple(split) for name, split in splits.items()},
-                    "vocabulary_size": size, "described": described, "notes": notes}, temporary)
-        os.replace(temporary, cache)
-    return {name: split.to(args.device) for name, split in splits.items()}, size, described, notes
 
 
 def plain_config(model, seed, source, files, args):
@@ -829,12 +829,11 @@ def main(argv=None):
         remedy = "delete it to have the teacher trained again, or choose another --out"
         teacher_record = common.finished_run(teacher_directory, teacher_config, remedy=remedy)
     common.check_writable(directory.parent)
-    data, vocabulary_size, described, notes = make_data(source, files, args)
+    data, described, notes = make_data(source, files, args)
     timing = {"data": time.perf_counter() - start, "teacher": 0.0, "teacher_logits": 0.0}
     if not args.quiet:
-        models = dict.fromkeys([args.student] + [args.teacher] * (args.kd is not None))
-        sizes = (f"{name} {count_parameters(build_model(name, 0, vocabulary_size, args.objective)):,} parameters"
-                 for name in models)
+        models, words = dict.fromkeys([args.student] + [args.teacher] * (args.kd is not None)), described["vocabulary"]
+        sizes = (f"{name} {count_parameters(build_model(name, 0, words, args.objective)):,} parameters" for name in models)
         print(f"models: {', '.join(sizes)}\ndevice: {args.device}, {'bfloat16' if args.amp else 'float32'}\n"
               f"data: {source}, " + ", ".join(f"{value:,} {name}" for name, value in described.items()
                                               if isinstance(value, int)))
@@ -844,16 +843,15 @@ def main(argv=None):
     if args.kd == "offline":
         start = time.perf_counter()
         if teacher_record is None:
-            teacher_record = run(teacher_config, data, described, vocabulary_size, teacher_directory, args, timing)
-        teacher = build_model(args.teacher, args.teacher_seed, vocabulary_size, args.objective)
+            teacher_record = run(teacher_config, data, described, teacher_directory, args, timing)
+        teacher = build_model(args.teacher, args.teacher_seed, described["vocabulary"], args.objective)
         teacher = common.load_weights(teacher, teacher_directory).to(args.device).eval().requires_grad_(False)
         timing["teacher"] = time.perf_counter() - start
         if args.objective == "classification":
             start = time.perf_counter()
-            teacher_logits = evaluate(teacher, data["train"], args.objective, args.amp, args.device)[0].to(args.device)
+            teacher_logits = evaluate(teacher, data["train"], args.objective, args.amp)[0].to(args.device)
             timing["teacher_logits"] = time.perf_counter() - start
-    record = run(config, data, described, vocabulary_size, directory, args, timing, teacher, teacher_logits,
-                 teacher_record)
+    record = run(config, data, described, directory, args, timing, teacher_record, teacher_logits, teacher)
     if not args.quiet:
         print_table(record)
 
