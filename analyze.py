@@ -886,15 +886,6 @@ def analyze_group(group, args, problems):
                      for run in group.runs]}
 
 
-def rounded(value):
-    """`value` with all floats rounded to 5 places, NaN and infinity as None."""
-    if isinstance(value, dict):
-        return {str(key): rounded(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(item) for item in value]
-    return (round(value, 5) if math.isfinite(value) else None) if isinstance(value, float) else value
-
-
 def parse_arguments(argv):
     description, commands = __doc__.split("\n\n")[:2]
     parser = common.OneLineParser(description=description, epilog=f"examples:\n{commands}", allow_abbrev=False,
@@ -925,8 +916,8 @@ def main(argv=None):
     if problems:
         print("\n## What is missing\n\n" + "\n".join(f"- {problem}" for problem in problems))
     if args.json:
-        text = json.dumps(rounded({"groups": results, "missing": problems}), allow_nan=False)
-        common.write_files(args.json.parent, {args.json.name: text.encode()})
+        text = common.json_text({"groups": results, "missing": problems}, digits=5)
+        common.write_files(args.json.parent, {args.json.name: text})
         print(f"numbers written to {args.json}")
 
 

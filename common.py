@@ -202,18 +202,22 @@ def save_run(directory, record, outputs, state_dict, force=False):
     model, arrays = io.BytesIO(), io.BytesIO()  # torch has its own words for a full disk, so it doesn't get to see it
     torch.save({name: tensor.cpu() for name, tensor in state_dict.items()}, model)
     np.savez(arrays, **{name: np.asarray(value) for name, value in outputs.items()})
-    # json writes NaN and infinity as words no other language reads; a diverged run has null there.
-    text = json.dumps(_finite(record), indent=1, allow_nan=False)
     write_files(directory, {"model.pt": model.getbuffer(), "outputs.npz": arrays.getbuffer(),
-                            "run.json": text.encode()})
+                            "run.json": json_text(record, indent=1)})
 
 
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def json_text(value, digits=None, indent=None):
+    """`value` as bytes of JSON: NaN and infinity, which only Python reads, as null, floats rounded to `digits`."""
+    def plain(value):
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(item) for item in value]
+        if isinstance(value, float):
+            return None if not math.isfinite(value) else value if digits is None else round(value, digits)
+        return value
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False).encode()
 
 
 def load_run(directory):
@@ -254,20 +258,17 @@ def find_runs(root):
     return sorted(path.parent for path in Path(root).glob("**/run.json"))
 
 
-def config_differences(wanted, found):
-    """What differs between two configurations, as a list of 'field is found, not wanted', empty if nothing does."""
-    return [f"{key} is {found.get(key)}, not {wanted.get(key)}"
-            for key in sorted({*wanted, *found}) if wanted.get(key) != found.get(key)]
-
-
 def finished_run(directory, config, force=False, remedy="--force to replace it, or another --out"):
     """The record of the finished run of exactly this configuration, or None where it is still to be made.
 
     UserError, naming the fields, where a run of another configuration is in its place; `force` overlooks any run.
     """
     record = None if force else load_run(directory)
-    if record is not None and (differences := config_differences(config, record["config"])):
-        raise UserError(f"{directory} holds a run of another configuration ({'; '.join(differences)}): {remedy}")
+    if record is not None and record["config"] != config:
+        found = record["config"]
+        differences = "; ".join(f"{key} is {found.get(key)}, not {config.get(key)}"
+                                for key in sorted({*config, *found}) if found.get(key) != config.get(key))
+        raise UserError(f"{directory} holds a run of another configuration ({differences}): {remedy}")
     return record
 
 

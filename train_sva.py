@@ -833,7 +833,8 @@ def main(argv=None):
     timing = {"data": time.perf_counter() - start, "teacher": 0.0, "teacher_logits": 0.0}
     if not args.quiet:
         models, words = dict.fromkeys([args.student] + [args.teacher] * (args.kd is not None)), described["vocabulary"]
-        sizes = (f"{name} {count_parameters(build_model(name, 0, words, args.objective)):,} parameters" for name in models)
+        sizes = (f"{name} {count_parameters(build_model(name, 0, words, args.objective)):,} parameters"
+                 for name in models)
         print(f"models: {', '.join(sizes)}\ndevice: {args.device}, {'bfloat16' if args.amp else 'float32'}\n"
               f"data: {source}, " + ", ".join(f"{value:,} {name}" for name, value in described.items()
                                               if isinstance(value, int)))
