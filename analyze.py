@@ -702,7 +702,7 @@ def claims_text(claims):
         lines.append([entry["student"], entry["claim"], f"{entry['mean']:+.3f}" if n else "-", interval, str(n),
                       entry["verdict"]])
     return markdown("**(h) Claims**: differences paired by seed, positive where the claim holds, with the 95 % "
-                    "t-interval over n seeds (seeds share models, so it is a little too narrow). Look at the verdicts.",
+                    "t-interval over n seeds (on one data set, and seeds share models, so it is a little too narrow). Look at the verdicts.",
                     ["student", "claim", "difference", "95 % interval", "n", "verdict"], lines)
 
 
