@@ -236,19 +236,20 @@ def behaviour(logits, labels):
     return {"agreement": agreement, "error consistency": kappa, "divergence": divergence}
 
 
-def similarities(representations, rows=100):
+def similarities(representations, rows=50):
     """{"RSA", "CKA": (models, models) double}, what common.py's rsa and linear_cka give for each pair.
 
     representations: list of (examples, features). Both measures are inner products of the models' (examples,
     examples) similarity matrices; these are made once, `rows` rows at a time, for all models together.
     """
-    features = {"RSA": [F.normalize(x.float(), dim=1) for x in representations],
-                "CKA": [F.normalize((x - x.mean(dim=0)).float().flatten(), dim=0).view_as(x) for x in representations]}
+    prepare = {"RSA": lambda x: F.normalize(x.float(), dim=1),
+               "CKA": lambda x: F.normalize((x - x.mean(dim=0)).float().flatten(), dim=0).view_as(x)}
     examples, result = len(representations[0]), {}
-    for measure, all_features in features.items():
-        total = torch.zeros(len(all_features), len(all_features), dtype=torch.double)
+    for measure in prepare:
+        features = [prepare[measure](x) for x in representations]
+        total = torch.zeros(len(features), len(features), dtype=torch.double)
         for first in range(0, examples, rows):
-            block = torch.stack([x[first:first + rows] @ x.T for x in all_features])  # (models, rows, examples)
+            block = torch.stack([x[first:first + rows] @ x.T for x in features])  # (models, rows, examples)
             block = F.normalize(block, dim=2) if measure == "RSA" else block * examples
             block = block.flatten(1)
             total += (block @ block.T).double()
@@ -702,7 +703,8 @@ def claims_text(claims):
         lines.append([entry["student"], entry["claim"], f"{entry['mean']:+.3f}" if n else "-", interval, str(n),
                       entry["verdict"]])
     return markdown("**(h) Claims**: differences paired by seed, positive where the claim holds, with the 95 % "
-                    "t-interval over n seeds (on one data set, and seeds share models, so it is a little too narrow). Look at the verdicts.",
+                    "t-interval over n seeds (on one data set, and seeds share models, so it is a little too narrow). "
+                    "Look at the verdicts.",
                     ["student", "claim", "difference", "95 % interval", "n", "verdict"], lines)
 
 
