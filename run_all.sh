@@ -24,7 +24,7 @@ while [ $# -gt 0 ]; do
 done
 SEEDS=${SEEDS:-$([ $quick ] && echo 3 || echo 4)} JOBS=${JOBS:-2} OUT=${OUT:-runs${quick:+-quick}}
 for number in "$SEEDS" "$JOBS"; do
-  case $number in '' | *[!0-9]* | 0*) fail "SEEDS and JOBS must be whole numbers above 0, not $number" ;; esac
+  case $number in '' | *[!0-9]* | 0* | ?????*) fail "SEEDS and JOBS must be whole numbers in 1..9999, not $number" ;; esac
 done
 PYTHON=${PYTHON:-python}
 "$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"

@@ -1120,8 +1120,8 @@ def test_nothing_is_learnt_from_shuffled_labels_and_the_analysis_says_so(tmp_pat
 
 @pytest.mark.parametrize("arguments, variables, expected", [
     (["--fast"], {}, "unknown argument --fast"),
-    ([], {"SEEDS": "0"}, "whole numbers above 0"),
-    ([], {"JOBS": "two"}, "whole numbers above 0"),
+    ([], {"SEEDS": "0"}, "whole numbers in 1..9999"),
+    ([], {"JOBS": "two"}, "whole numbers in 1..9999"),
     ([], {"PYTHON": "/nowhere/python"}, "lacks torch"),
     (["--quick"], {"OUT": "/proc/runs"}, "can't write to /proc/runs"),
 ])
