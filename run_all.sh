@@ -27,7 +27,7 @@ for number in "$SEEDS" "$JOBS"; do
   case $number in '' | *[!0-9]* | 0* | ?????*) fail "SEEDS and JOBS must be whole numbers in 1..9999, not $number" ;; esac
 done
 PYTHON=${PYTHON:-python}
-"$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
+"$PYTHON" -c 'from importlib.util import find_spec; exit(not find_spec("torch"))' 2>/dev/null || fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
 
 mnist='train_mnist.py' sva='train_sva.py'
 if [ $quick ]; then
@@ -35,7 +35,7 @@ if [ $quick ]; then
 else  # Fetched here and once, not by each of JOBS runs; what can't be had is told once.
   "$PYTHON" -c 'import train_mnist; train_mnist.load_mnist("data")' >&2 2>/dev/null ||
     { mnist="$mnist --data synthetic"; echo "run_all.sh: MNIST is not in data/ nor to be had: SYNTHETIC digits" >&2; }
-  ls data/agr_50_mostcommon_10K.tsv* data/numpred.train >/dev/null 2>&1 ||
+  [ "$(ls data/agr_50_mostcommon_10K.tsv{,.gz} data/numpred.train 2>/dev/null)" ] ||
     { sva="$sva --data synthetic"; echo "run_all.sh: no real sentences in data/ (README, Data): SYNTHETIC ones" >&2; }
 fi
 

@@ -1118,6 +1118,22 @@ def test_nothing_is_learnt_from_shuffled_labels_and_the_analysis_says_so(tmp_pat
             assert claim["verdict"] != "supported" or claim["mean"] < 0.03, claim
 
 
+@pytest.mark.parametrize("name", ["agr_50_mostcommon_10K.tsv.gz", "numpred.train"])
+def test_grid_takes_real_sentences_in_either_layout(tmp_path, name):
+    for script in HERE.glob("*.*"):
+        if script.suffix in (".py", ".sh"):
+            shutil.copy(script, tmp_path)
+    for kind in ("images-idx3", "labels-idx1"):  # of no use, but there: nothing is downloaded
+        for part in ("train", "t10k"):
+            write_idx(tmp_path / "data" / "MNIST" / "raw" / f"{part}-{kind}-ubyte", np.zeros(3, dtype=np.uint8))
+    (tmp_path / "data" / name).touch()
+    result = subprocess.run([tmp_path / "run_all.sh", "--list"], env=os.environ | {"PYTHON": sys.executable},
+                            capture_output=True, text=True)
+    lines = {script: [line for line in result.stdout.splitlines() if script in line] for script in ("mnist", "sva")}
+    assert len(lines["mnist"]) == 24 and all("--data synthetic" in line for line in lines["mnist"])
+    assert len(lines["sva"]) == 132 and not any("--data synthetic" in line for line in lines["sva"])
+
+
 @pytest.mark.parametrize("arguments, variables, expected", [
     (["--fast"], {}, "unknown argument --fast"),
     ([], {"SEEDS": "0"}, "whole numbers in 1..9999"),
