@@ -24,10 +24,13 @@ while [ $# -gt 0 ]; do
 done
 SEEDS=${SEEDS:-$([ $quick ] && echo 3 || echo 4)} JOBS=${JOBS:-2} OUT=${OUT:-runs${quick:+-quick}}
 for number in "$SEEDS" "$JOBS"; do
-  case $number in '' | *[!0-9]* | 0* | ?????*) fail "SEEDS and JOBS must be whole numbers in 1..9999, not $number" ;; esac
+  case $number in
+    '' | *[!0-9]* | 0* | ?????*) fail "SEEDS and JOBS must be whole numbers in 1..9999, not $number" ;;
+  esac
 done
 PYTHON=${PYTHON:-python}
-"$PYTHON" -c 'from importlib.util import find_spec; exit(not find_spec("torch"))' 2>/dev/null || fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
+"$PYTHON" -c 'from importlib.util import find_spec; exit(not find_spec("torch"))' 2>/dev/null ||
+  fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
 
 mnist='train_mnist.py' sva='train_sva.py'
 if [ $quick ]; then
