@@ -416,8 +416,9 @@ def measure_barriers(group, data_dir, device, problems):
                 if place not in states:
                     states[place] = common.load_weights(build(group.runs[place]), group.runs[place].folder).state_dict()
             values = interpolate(build(group.runs[places[0]]), *(states[place] for place in places), measure)
-        except common.UserError as error:
-            problems.append(f"no barrier: {error}")
+        except (common.UserError, KeyError) as error:
+            unknown = "this version has no model " * isinstance(error, KeyError)
+            problems.append(f"no barrier for {what}: {unknown}{error}")
             continue
         curves = zip(("train_loss", "train_accuracy", "test_loss", "test_accuracy"), zip(*values))
         results.append({"pair": what, "runs": [f"{group.runs[place].name}/seed{group.runs[place].seed}"

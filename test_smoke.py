@@ -1052,6 +1052,11 @@ def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd)
         shutil.copytree(out / "mlp" / "seed0", out / name / "seed0")
         (out / name / "seed0" / "run.json").write_text(json.dumps(record))
     shutil.copytree(out / "mlp" / "seed0", out / "copy" / "seed0")
+    for seed in (0, 1):  # of a version with more models
+        shutil.copytree(out / "mlp" / f"seed{seed}", out / "perceptron" / f"seed{seed}")
+        record = common.load_run(out / "perceptron" / f"seed{seed}")
+        record["config"]["student"] = "perceptron"
+        (out / "perceptron" / f"seed{seed}" / "run.json").write_text(json.dumps(record))
     mnist("--student", "mlp", "--seed", 7, *QUICK, "--out", tmp_path / "runs", "--quiet", "--examples", 300)
     analyze_here(tmp_path / "runs", "--json", tmp_path / "numbers" / "all.json")
     stdout, stderr = capfd.readouterr()
@@ -1061,6 +1066,7 @@ def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd)
                         "mlp-to-cnn": "unfinished", "other-task": "left out", "other-keys": "left out",
                         "mlp/seed7": "other data", "mlp/seed0": "a second mlp"}.items():
         assert any(words in line and f"/{name}" in line for line in missing), name
+    assert any("no barrier for perceptron" in line and "no model 'perceptron'" in line for line in missing)
     assert json.loads((tmp_path / "numbers" / "all.json").read_text())["missing"]
 
 
