@@ -101,7 +101,10 @@ def classical_mds(distances, dimensions=2):
 
 
 class Run(NamedTuple):
-    """One finished run. outputs: {name: tensor} from outputs.npz. metrics: {test set: metrics}, from the outputs."""
+    """One finished run. outputs: {name: tensor} from outputs.npz. metrics: {test set: metrics}, from the outputs.
+
+    timing: {what: seconds, or examples or tokens a second}.
+    """
 
     folder: Path
     name: str
@@ -110,6 +113,7 @@ class Run(NamedTuple):
     record: dict
     outputs: dict
     metrics: dict
+    timing: dict
 
 
 class Group(NamedTuple):
@@ -141,12 +145,16 @@ def read_run(folder):
             metrics[test] = train_sva.agreement_metrics(logits, labels, outputs["test_attractors"],
                                                         outputs["test_distance"])
             if config["objective"] == "lm":
-                metrics[test]["perplexity"] = record["metrics"][test]["perplexity"]
-    if len(outputs["probe_epochs"]) != len(outputs["probe_representations"]):
+                perplexity = record["metrics"][test]["perplexity"]
+                metrics[test]["perplexity"] = math.nan if perplexity is None else float(perplexity)
+    # Errors here and not later.
+    if len([int(epoch) for epoch in outputs["probe_epochs"]]) != len(outputs["probe_representations"]):
         raise ValueError("not as many epochs as snapshots")
     for key in ("data", "student", *(("teacher", "teacher_seed") if config["kd"] else ())):
-        config[key]  # KeyError here and not later
-    return Run(folder, common.run_name(config), int(config["seed"]), config, record, outputs, metrics)
+        if not isinstance(config[key], int if key == "teacher_seed" else str):
+            raise TypeError(f"{key} {config[key]!r}")
+    timing = {key: float(value) for key, value in record.get("timing", {}).items()}
+    return Run(folder, common.run_name(config), int(config["seed"]), config, record, outputs, metrics, timing)
 
 
 def kind_order(name):
@@ -601,15 +609,14 @@ def cost_table(group):
                   "twin; only fair where both had the machine to the same extent.", "run",
                   {"training, s": (0, 1), "examples per s": (0, 0), "overhead of KD": (0, 2)})
     for name, runs in group.kinds().items():
-        timings = [run.record.get("timing", {}) for run in runs]
-        seconds = [t.get("training") for t in timings]
+        seconds = [run.timing.get("training") for run in runs]
         overhead = []
-        for run, t in zip(runs, timings):
+        for run in runs:
             twin = group.at.get((run.config["student"], run.seed))
-            plain = None if twin is None else group.runs[twin].record.get("timing", {}).get("training")
-            if run.config["kd"] and plain and t.get("training"):
-                overhead.append((t["training"] + t.get("teacher_logits", 0)) / plain)
-        table.add(name, [seconds, [t.get("examples_per_second") for t in timings], overhead])
+            plain = None if twin is None else group.runs[twin].timing.get("training")
+            if run.config["kd"] and plain and "training" in run.timing:
+                overhead.append((run.timing["training"] + run.timing.get("teacher_logits", 0)) / plain)
+        table.add(name, [seconds, [run.timing.get("examples_per_second") for run in runs], overhead])
     return table
 
 
@@ -885,7 +892,7 @@ def analyze_group(group, args, problems):
     return {"title": group.title, "seconds": time.perf_counter() - start, "claims": claims, "barriers": barriers,
             "tables": {key: {"caption": table.caption, "rows": table.rows} for key, table in tables.items()},
             "runs": [{"name": run.name, "seed": run.seed, "config": run.config, "metrics": run.metrics,
-                      "timing": run.record.get("timing"), "environment": run.record.get("environment")}
+                      "timing": run.timing, "environment": run.record.get("environment")}
                      for run in group.runs]}
 
 
