@@ -916,9 +916,9 @@ def main(argv=None):
         raise common.UserError(f"--json {args.json} is a folder; give a file in it")
     if args.plots:
         import_pyplot()
-    for folder in (args.json.parent if args.json else None, args.plots):
+    for flag, folder in (("--json", args.json and args.json.parent), ("--plots", args.plots)):
         if folder is not None:
-            common.check_writable(folder)
+            common.check_writable(folder, flag)
     problems = []
     results = [analyze_group(group, args, problems) for group in load_groups(args.runs, problems)]
     if not results:
@@ -926,8 +926,8 @@ def main(argv=None):
     if problems:
         print("\n## What is missing\n\n" + "\n".join(f"- {problem}" for problem in problems))
     if args.json:
-        text = common.json_text({"groups": results, "missing": problems}, digits=5)
-        common.write_files(args.json.parent, {args.json.name: text})
+        numbers = common.json_bytes({"groups": results, "missing": problems}, digits=5)
+        common.write_files(args.json.parent, {args.json.name: numbers})
         print(f"numbers written to {args.json}")
 
 

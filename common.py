@@ -159,28 +159,30 @@ def run_name(config):
     return f"{config['teacher']}-to-{config['student']}" + ("-online" if config["kd"] == "online" else "")
 
 
-def check_writable(directory):
-    """Make `directory` and prove that a file can be written there; UserError if not."""
+def check_writable(directory, flag="--out"):
+    """Make `directory`, which came with `flag`, and prove that a file can be written there; UserError if not."""
     try:
         Path(directory).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise UserError(f"can't write to {directory} ({error.strerror}); choose another folder") from None
+        raise UserError(f"can't write to {directory} ({error.strerror}); choose another folder with {flag}") from None
 
 
 def write_files(directory, contents):
     """Write {file name: bytes} into `directory`; UserError, with nothing changed, where there is no room or permission.
 
-    The last file goes first and comes last: while it is there, all are, and they belong together.
+    Of several files the last goes first and comes last: while it is there, all are, and they belong together.
     """
     directory = Path(directory)
     temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in contents}
+    *others, last = contents
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             temporary[name].write_bytes(content)
-        (directory / list(contents)[-1]).unlink(missing_ok=True)
+        if others:
+            (directory / last).unlink(missing_ok=True)
         for name in contents:
             os.replace(temporary[name], directory / name)
     except OSError as error:
@@ -203,11 +205,11 @@ def save_run(directory, record, outputs, state_dict, force=False):
     torch.save({name: tensor.cpu() for name, tensor in state_dict.items()}, model)
     np.savez(arrays, **{name: np.asarray(value) for name, value in outputs.items()})
     write_files(directory, {"model.pt": model.getbuffer(), "outputs.npz": arrays.getbuffer(),
-                            "run.json": json_text(record, indent=1)})
+                            "run.json": json_bytes(record, indent=1)})
 
 
-def json_text(value, digits=None, indent=None):
-    """`value` as bytes of JSON: NaN and infinity, which only Python reads, as null, floats rounded to `digits`."""
+def json_bytes(value, digits=None, indent=None):
+    """`value` as JSON in UTF-8: NaN and infinity, which only Python reads, as null, floats rounded to `digits`."""
     def plain(value):
         if isinstance(value, dict):
             return {str(key): plain(item) for key, item in value.items()}
@@ -264,11 +266,12 @@ def finished_run(directory, config, force=False, remedy="--force to replace it, 
     UserError, naming the fields, where a run of another configuration is in its place; `force` overlooks any run.
     """
     record = None if force else load_run(directory)
-    if record is not None and record["config"] != config:
+    if record is not None:
         found = record["config"]
-        differences = "; ".join(f"{key} is {found.get(key)}, not {config.get(key)}"
-                                for key in sorted({*config, *found}) if found.get(key) != config.get(key))
-        raise UserError(f"{directory} holds a run of another configuration ({differences}): {remedy}")
+        differences = [f"{key} is {found.get(key)}, not {config.get(key)}"
+                       for key in sorted({*config, *found}) if found.get(key) != config.get(key)]
+        if differences:
+            raise UserError(f"{directory} holds a run of another configuration ({'; '.join(differences)}): {remedy}")
     return record
 
 

@@ -29,8 +29,7 @@ for number in "$SEEDS" "$JOBS"; do
   esac
 done
 PYTHON=${PYTHON:-python}
-"$PYTHON" -c 'from importlib.util import find_spec; exit(not find_spec("torch"))' 2>/dev/null ||
-  fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
+"$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
 
 mnist='train_mnist.py' sva='train_sva.py'
 if [ $quick ]; then

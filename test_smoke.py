@@ -211,6 +211,18 @@ def test_interrupted_save_leaves_no_mixture(tmp_path, monkeypatch, moment):
     assert common.load_run(tmp_path) is None and not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
 
 
+def test_interrupted_rewriting_of_one_file_leaves_the_old_one(tmp_path, monkeypatch):
+    common.write_files(tmp_path, {"all.json": b"old"})
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        common.write_files(tmp_path, {"all.json": b"new"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"all.json": b"old"}
+
+
 def test_progress_says_how_long(capsys, monkeypatch):
     progress = common.Progress(epochs=4)
     progress.start -= 10  # as if the first epoch had taken ten seconds
@@ -561,7 +573,7 @@ def test_cuda_where_there_is_none(monkeypatch, capfd, tmp_path):
 
 def test_output_folder_that_cannot_be_written(tmp_path, capfd):
     (tmp_path / "file").write_text("in the way")
-    assert_refused(capfd, [*QUICK, "--out", tmp_path / "file", "--quiet"], "choose another folder")
+    assert_refused(capfd, [*QUICK, "--out", tmp_path / "file", "--quiet"], "--out")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -1083,7 +1095,7 @@ def test_analysis_of_no_runs_and_of_no_folder(tmp_path, capfd, monkeypatch):
     assert "has no finished run" in capfd.readouterr().out
     assert_refused(capfd, [tmp_path / "nowhere"], "no such folder", script=analyze_here)
     assert_refused(capfd, [tmp_path, "--json", tmp_path], "is a folder", script=analyze_here)
-    assert_refused(capfd, [tmp_path, "--json", "/proc/numbers.json"], "can't write", script=analyze_here)
+    assert_refused(capfd, [tmp_path, "--json", "/proc/numbers.json"], "another folder with --json", script=analyze_here)
     assert_refused(capfd, [], "required: runs", script=analyze_here)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it weren't installed
     assert_refused(capfd, [tmp_path, "--plots", tmp_path / "figures"], "needs matplotlib", script=analyze_here)
@@ -1118,7 +1130,8 @@ def test_nothing_is_learnt_from_shuffled_labels_and_the_analysis_says_so(tmp_pat
     analyze_here(tmp_path, "--json", tmp_path / "all.json")
     group, = json.loads((tmp_path / "all.json").read_text())["groups"]
     for name, row in group["tables"]["a"]["rows"].items():  # chance is 0.1, standard deviation over 200 digits 0.02
-        assert all(0.03 < np.mean(row[f"accuracy, {test}"]) < 0.18 for test in ("test", "scaled", "translated")), name
+        for test in ("test", "scaled", "translated"):
+            assert max(row[f"accuracy, {test}"]) < 0.2 and 0.03 < np.mean(row[f"accuracy, {test}"]) < 0.18, (name, test)
     for claim in group["claims"]:
         if "accuracy, cnn" in claim["claim"]:
             assert claim["verdict"] != "supported" or claim["mean"] < 0.03, claim

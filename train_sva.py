@@ -678,10 +678,10 @@ def train(config, data, words, args, teacher_logits=None, teacher=None):
                 raise common.UserError(f"the loss is {mean_loss} in epoch {epoch}: nothing is kept; try a lower --lr")
         if epoch & (epoch - 1) == 0 or epoch == config["epochs"]:  # 0, 1, 2, 4, 8 ... and the last
             snapshots[epoch] = evaluate(models["student"], data["probe"], objective, args.amp)[1]
-    words = config["epochs"] * int(split.lengths.sum())
+    tokens_seen = config["epochs"] * int(split.lengths.sum())
     return models, history, snapshots, {"training": training_seconds,
                                         "examples_per_second": config["epochs"] * len(split.lengths) / training_seconds,
-                                        "tokens_per_second": words / training_seconds}
+                                        "tokens_per_second": tokens_seen / training_seconds}
 
 
 def test_all(model, data, config, args):
@@ -830,9 +830,10 @@ def main(argv=None):
         teacher_record = common.finished_run(teacher_directory, teacher_config, remedy=remedy)
     common.check_writable(directory.parent)
     data, described, notes = make_data(source, files, args)
+    words = described["vocabulary"]
     timing = {"data": time.perf_counter() - start, "teacher": 0.0, "teacher_logits": 0.0}
     if not args.quiet:
-        models, words = dict.fromkeys([args.student] + [args.teacher] * (args.kd is not None)), described["vocabulary"]
+        models = dict.fromkeys([args.student] + [args.teacher] * (args.kd is not None))
         sizes = (f"{name} {count_parameters(build_model(name, 0, words, args.objective)):,} parameters"
                  for name in models)
         print(f"models: {', '.join(sizes)}\ndevice: {args.device}, {'bfloat16' if args.amp else 'float32'}\n"
@@ -845,7 +846,7 @@ def main(argv=None):
         start = time.perf_counter()
         if teacher_record is None:
             teacher_record = run(teacher_config, data, described, teacher_directory, args, timing)
-        teacher = build_model(args.teacher, args.teacher_seed, described["vocabulary"], args.objective)
+        teacher = build_model(args.teacher, args.teacher_seed, words, args.objective)
         teacher = common.load_weights(teacher, teacher_directory).to(args.device).eval().requires_grad_(False)
         timing["teacher"] = time.perf_counter() - start
         if args.objective == "classification":
