@@ -464,12 +464,14 @@ def batches_by_length(lengths, batch_size, generator):
     """One epoch as a list of batches (batch_size,) of sentence numbers, each of similar lengths, in random order.
 
     The sentences are shuffled and cut into windows of 50 batches; within a window they are sorted by length, which
-    leaves little padding and much chance. The incomplete last batch is left out.
+    leaves little padding and much chance. What doesn't fill a batch is left out before the sorting, so that chance
+    decides what that is: after it, it would always be the longest sentences.
     """
     order = torch.randperm(len(lengths), generator=generator)
+    order = order[:max(1, len(order) // batch_size) * batch_size]
     window = torch.arange(len(order)) // (50 * batch_size)
     order = order[torch.argsort(window * (int(lengths.max()) + 1) + lengths[order], stable=True)]
-    batches = order.split(batch_size)[:max(1, len(order) // batch_size)]
+    batches = order.split(batch_size)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
 
@@ -852,6 +854,7 @@ def main(argv=None):
         if args.objective == "classification":
             start = time.perf_counter()
             teacher_logits = evaluate(teacher, data["train"], args.objective, args.amp)[0].to(args.device)
+            teacher = None  # never asked again
             timing["teacher_logits"] = time.perf_counter() - start
     record = run(config, data, described, directory, args, timing, teacher_record, teacher_logits, teacher)
     if not args.quiet:
