@@ -1,449 +1,561 @@
-"""Compare finished runs: tables in Markdown, the paper's claims with a verdict, figures.
+"""Compare finished runs: the answer, tables in Markdown, figures.
 
     python analyze.py runs                                        # tables on the terminal
-    python analyze.py runs --json analysis.json --plots figures   # and all numbers, and figures (needs matplotlib)
+    python analyze.py runs --json analysis.json --plots figures   # all numbers, and figures
 
-Accuracies, calibration and all comparisons are computed anew from each run's outputs.npz, barriers from its model.pt;
-only timing and perplexity come from run.json. What is missing is named at the end, and the rest is done without it.
+Accuracy, calibration and perplexity are those in each run.json. Comparisons of models come from
+outputs.npz, barriers from model.pt. What is missing is named at the end, the rest is done.
 """
 
-import argparse
-import json
+import itertools
 import math
 import statistics
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import update_bn
 
 import common
 import train_mnist
 import train_sva
 
-# Whose inductive bias suits the task better than one's own.
+# Whose inductive bias suits the task better than the model's own.
 STRONGER = {"mlp": "cnn", "transformer": "lstm", "transformer-seq": "lstm", "ut-seq": "lstm",
             "transformer-seq-small": "lstm-small"}
-MODEL_ORDER = ["mlp", "cnn", "transformer", "transformer-seq", "transformer-seq-small", "ut-seq", "lstm-small", "lstm"]
+MODELS = ["mlp", "cnn", "transformer", "transformer-seq", "transformer-seq-small", "ut-seq",
+          "lstm-small", "lstm"]
 TESTS = {"mnist": ("test", "scaled", "translated"), "sva": ("test",)}
 OUT_OF_DISTRIBUTION = {"mnist": ("scaled", "translated"), "sva": ("test",)}
+COMPARED_EXAMPLES = 10_000  # of each test, for comparisons of two models
+BARRIER_POINTS = 21
+# Training and test examples each: a 48th of the training set, at most these; a compromise with time.
+BARRIER_EXAMPLES = {"mnist": 500, "sva": 250}
 MARGIN = 0.05  # a change of CKA below this counts as little
-BARRIER_POINTS, BARRIER_EXAMPLES = 21, {"mnist": 500, "sva": 250}  # from training and test each; a compromise with time
 
-# Abnar et al. 2020, MNIST: accuracy, then ECE, on the test digits, scaled, translated.
-PAPER_MNIST = {"cnn": (.992, .962, .981, .011, .060, .028), "mlp": (.985, .794, .373, .015, .175, .564),
-               "cnn-to-mlp": (.988, .904, .510, .013, .109, .432), "mlp-to-mlp": (.985, .839, .395, .015, .155, .555),
-               "cnn-to-cnn": (.991, .951, .978, .014, .068, .033), "mlp-to-cnn": (.990, .955, .976, .013, .054, .030)}
+# Abnar et al. 2020: accuracy, then ECE, on the test digits, scaled, translated.
+PAPER_MNIST = {
+    "mlp": (.985, .794, .373, .015, .175, .564), "cnn": (.992, .962, .981, .011, .060, .028),
+    "mlp-to-mlp": (.985, .839, .395, .015, .155, .555),
+    "cnn-to-mlp": (.988, .904, .510, .013, .109, .432),
+    "mlp-to-cnn": (.990, .955, .976, .013, .054, .030),
+    "cnn-to-cnn": (.991, .951, .978, .014, .068, .033),
+}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Statistics
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
+def t_probability(t, degrees):
+    """P(|T| < t) for Student's t with `degrees` (1, 2, ...) degrees of freedom.
+
+    Abramowitz & Stegun 1964, eq. 26.7.3 and 26.7.4: a finite sum for whole degrees.
+    """
+    angle = math.atan(t / math.sqrt(degrees))
+    odd = degrees % 2
+    term = total = math.cos(angle) if odd else 1.0
+    for k in range(2 + odd, degrees - 1, 2):
+        term *= math.cos(angle) ** 2 * (k - 1) / k
+        total += term
+    total *= math.sin(angle)
+    if not odd:
+        return total
+    return 2 / math.pi * (angle + (total if degrees > 1 else 0))
 
 
 def t_quantile(degrees):
-    """The two-sided 95 % point of Student's t with `degrees` (1, 2, ...) degrees of freedom, such as 12.706 for 1.
-
-    Bisection on P(|T| < t), which is a finite sum for whole degrees: Abramowitz & Stegun 1964, eq. 26.7.3 and 26.7.4.
-    """
-    def inside(t):
-        angle = math.atan(t / math.sqrt(degrees))
-        odd = degrees % 2
-        term = total = math.cos(angle) if odd else 1.0
-        for k in range(2 + odd, degrees - 1, 2):
-            term *= math.cos(angle) ** 2 * (k - 1) / k
-            total += term
-        total *= math.sin(angle)
-        return 2 / math.pi * (angle + (total if degrees > 1 else 0)) if odd else total
-
+    """The t with P(|T| < t) = 0.95, such as 12.706 for one degree of freedom; by bisection."""
     low, high = 0.0, 20.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+        low, high = (middle, high) if t_probability(middle, degrees) < 0.95 else (low, middle)
     return high
 
 
-def t_interval(values):
-    """(mean, low, high): the 95 % t-interval of the mean; NaN for low and high where there are fewer than two."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+def t_test(values, margin=0.0):
+    """(mean, low, high, verdict, p): the 95 % t-interval of the mean, and what follows from it.
 
-
-def verdict(values, margin=None):
-    """supported: the interval is above 0 (with `margin`: inside -margin..margin); contradicted: below 0 (outside).
-
-    inconclusive: neither; untested: fewer than 3 values.
+    supported: the interval is above 0; contradicted: below 0; inconclusive: it holds 0. With a
+    margin, for "hardly any difference": supported inside -margin..margin, contradicted outside,
+    else inconclusive. p: the smallest level (two-sided) at which the verdict would still be that.
+    untested: fewer than 3 values.
     """
+    mean = statistics.fmean(values)
     if len(values) < 3:
-        return "untested"
-    _, low, high = t_interval(values)
-    if margin is not None:
-        inside, outside = -margin < low and high < margin, high < -margin or low > margin
-        return "supported" if inside else "contradicted" if outside else "inconclusive"
-    return "supported" if low > 0 else "contradicted" if high < 0 else "inconclusive"
+        return mean, math.nan, math.nan, "untested", math.nan
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    half = t_quantile(len(values) - 1) * error
+    low, high = mean - half, mean + half
+    distance = abs(abs(mean) - margin)
+    p = 1 - t_probability(distance / error, len(values) - 1) if error > 0 else 0.0
+    verdict = "inconclusive"
+    if low > margin or high < -margin:
+        verdict = "supported" if low > margin and not margin else "contradicted"
+    elif margin and -margin < low and high < margin:
+        verdict = "supported"
+    return mean, low, high, verdict, p
+
+
+def holm(p_values, level=0.05):
+    """For each p-value, whether its test survives Holm's correction over all of them.
+
+    Holm 1979, "A simple sequentially rejective multiple test procedure".
+    """
+    survives, ranked = [False] * len(p_values), sorted(range(len(p_values)), key=p_values.__getitem__)
+    for rank, place in enumerate(ranked):
+        if p_values[place] > level / (len(p_values) - rank):
+            break
+        survives[place] = True
+    return survives
+
+
+def jackknife(pairs):
+    """One value per seed for the mean over all pairs of seeds: its jackknife pseudo-values.
+
+    pairs: (n, n) symmetric, n > 2. The means over each seed's own pairs depend on each other, since
+    every pair enters two of them; the pseudo-values theta + 2 (n-1)/(n-2) (s_i - theta) hardly do
+    (Efron & Stein 1981, "The jackknife estimate of variance", for U-statistics of degree 2).
+    """
+    n = len(pairs)
+    own_mean = (pairs.sum(dim=1) - pairs.diagonal()) / (n - 1)
+    return own_mean.mean() + 2 * (n - 1) / (n - 2) * (own_mean - own_mean.mean())
 
 
 def classical_mds(distances, dimensions=2):
-    """Points (n, dimensions) whose distances come closest to `distances` (n, n). Torgerson 1952: classical scaling."""
+    """Points (n, dimensions) whose distances come closest to `distances` (n, n). Torgerson 1952."""
     n = len(distances)
     centre = torch.eye(n, dtype=torch.double) - 1 / n
-    values, vectors = torch.linalg.eigh(-0.5 * centre @ distances.double().square() @ centre)  # ascending
+    values, vectors = torch.linalg.eigh(-0.5 * centre @ distances.double().square() @ centre)
     return (vectors * values.clamp(min=0).sqrt())[:, -dimensions:].flip(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs
+# ---- Runs ----------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
-    """One finished run. outputs: {name: tensor} from outputs.npz. metrics: {test set: metrics}, from the outputs.
+    """One finished run. answers: {test: (probabilities, predictions)} of the compared examples.
+    path: {epoch: representations of the probe examples}."""
 
-    timing: {what: seconds, or examples or tokens a second}.
-    """
-
-    folder: Path
     name: str
     seed: int
+    folder: Path
     config: dict
     record: dict
-    outputs: dict
-    metrics: dict
-    timing: dict
+    answers: dict
+    path: dict
 
 
 class Group(NamedTuple):
-    """Runs of one task on the same data, sorted by kind and seed; at[name, seed] is a run's place among them."""
+    """All runs of one task on the same data. labels: {test: labels of the compared examples}.
+    known: comparisons already made, see compare."""
 
     title: str
     task: str
-    runs: list
-    at: dict
+    config: dict
+    runs: dict  # {(run name, seed): Run}
+    labels: dict
+    known: dict
 
     def kinds(self):
-        """{run name: [its runs]}, in order."""
+        """{run name: [its runs]}."""
         kinds = {}
-        for run in self.runs:
-            kinds.setdefault(run.name, []).append(run)
+        for (name, _), run in self.runs.items():
+            kinds.setdefault(name, []).append(run)
         return kinds
 
 
 def read_run(folder):
-    """The Run in `folder`; UserError, KeyError, ValueError ... where it is damaged or lacks what is needed."""
-    record = common.load_run(folder)
-    outputs = {name: torch.from_numpy(array) for name, array in common.load_outputs(folder).items()}
-    config, metrics = record["config"], {}
+    """(Run, {test: labels of its compared examples})."""
+    record, outputs = common.load_run(folder), common.load_outputs(folder)
+    config, answers, labels = record["config"], {}, {}
     for test in TESTS[config["task"]]:
-        logits, labels = outputs[f"{test}_logits"].float(), outputs[f"{test}_labels"]
-        if config["task"] == "mnist":
-            metrics[test] = common.classification_metrics(logits, labels)
-        else:
-            metrics[test] = train_sva.agreement_metrics(logits, labels, outputs["test_attractors"],
-                                                        outputs["test_distance"])
-            if config["objective"] == "lm":
-                perplexity = record["metrics"][test]["perplexity"]
-                metrics[test]["perplexity"] = math.nan if perplexity is None else float(perplexity)
-    # Errors here and not later.
-    if len([int(epoch) for epoch in outputs["probe_epochs"]]) != len(outputs["probe_representations"]):
-        raise ValueError("not as many epochs as snapshots")
-    for key in ("data", "student", *(("teacher", "teacher_seed") if config["kd"] else ())):
-        if not isinstance(config[key], int if key == "teacher_seed" else str):
-            raise TypeError(f"{key} {config[key]!r}")
-    timing = {key: float(value) for key, value in record.get("timing", {}).items()}
-    return Run(folder, common.run_name(config), int(config["seed"]), config, record, outputs, metrics, timing)
+        logits = outputs[f"{test}_logits"]
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(len(logits), generator=generator)[:COMPARED_EXAMPLES]
+        probabilities = logits[chosen].float().softmax(dim=1)
+        answers[test] = probabilities, probabilities.argmax(dim=1)
+        labels[test] = outputs[f"{test}_labels"][chosen]
+        if not isinstance(record["metrics"][test]["accuracy"], float):
+            raise ValueError(f"accuracy of {test}")
+    path = dict(zip(outputs["probe_epochs"].tolist(), outputs["probe_representations"],
+                    strict=True))
+    name = common.run_name(config)
+    return Run(name, int(config["seed"]), folder, config, record, answers, path), labels
 
 
-def kind_order(name):
+def order_of_kind(name):
     """Sorts by student, the plain runs first, then by teacher."""
     teacher, _, student = name.removesuffix("-online").rpartition("-to-")
-    rank = {model: place for place, model in enumerate(MODEL_ORDER)}
-    return rank.get(student, 99), teacher != "", rank.get(teacher, 99), name
+    places = [MODELS.index(model) if model in MODELS else 99 for model in (student, teacher)]
+    return places[0], teacher != "", places[1], name
 
 
 def load_groups(root, problems):
-    """Yield one Group at a time, to spare memory; `problems` gets a line for each thing missing or left out."""
+    """Yield one Group at a time, to spare memory; `problems` gets a line for what is left out."""
     folders = {}
     for folder in common.find_runs(root):
-        folders.setdefault(folder.parent.parent, []).append(folder)
-    problems += [f"unfinished: {path.parent}" for path in sorted(Path(root).glob("**/outputs.npz"))
-                 if not (path.parent / "run.json").exists()]
-    for parent in sorted(folders):
-        runs = []
-        for folder in folders[parent]:
+        try:
+            config = common.load_run(folder)["config"]
+            key = [config.get(field) for field in ("task", "objective", "data", "examples", "bytes")]
+            folders.setdefault((str(folder.parent.parent), str(key)), []).append(folder)
+        except common.UserError as error:
+            problems.append(f"left out: {error}")
+    for (parent, _), members in sorted(folders.items()):
+        runs, labels = {}, {}
+        for folder in members:
             try:
-                runs.append(read_run(folder))
+                run, labels_of_run = read_run(folder)
             except common.UserError as error:
                 problems.append(f"left out: {error}")
-            except Exception as error:  # a run of another version can differ in any way
-                problems.append(f"left out: {folder} is not a run this version reads ({type(error).__name__}: {error})")
+                continue
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                problems.append(f"left out: {folder} is not a run of this version "
+                                f"({type(error).__name__}: {error})")
+                continue
+            if (run.name, run.seed) in runs:
+                problems.append(f"left out: {folder} is a second {run.name} of seed {run.seed}")
+                continue
+            runs[run.name, run.seed], labels = run, labels_of_run
         if not runs:
             continue
-
-        def data_of(run):
-            keys = ("task", "data", "objective", "examples", "bytes")
-            return json.dumps([run.config.get(key) for key in keys] + run.outputs["test_labels"].tolist())
-
-        data = [data_of(run) for run in runs]
-        usual, seen, kept = statistics.mode(data), set(), []
-        for run, its in zip(runs, data):
-            if its != usual:
-                problems.append(f"left out: {run.folder} has other data than most runs beside it")
-            elif (run.name, run.seed) in seen:
-                problems.append(f"left out: {run.folder} is a second {run.name} of seed {run.seed}")
-            else:
-                kept.append(run)
-                seen.add((run.name, run.seed))
-        runs = sorted(kept, key=lambda run: (kind_order(run.name), run.seed))
-        task, source = runs[0].config["task"], runs[0].config["data"]
-        title = {"mnist": "MNIST", "sva": "Subject-verb agreement"}[task]
-        title += {"mnist": "", "synthetic": " (synthetic data)"}.get(source, f" ({source})")
-        title += ", language models" * (runs[0].config.get("objective") == "lm") + f": {parent}"
-        group = Group(title, task, runs, {(run.name, run.seed): place for place, run in enumerate(runs)})
-        seeds = {run.seed for run in runs}
-        for name, kind in group.kinds().items():
-            missing = sorted(seeds - {run.seed for run in kind})
-            if missing:
-                problems.append(f"{parent}: no {name} with seed {', '.join(map(str, missing))}")
-            unequal = {key for run in kind for key, value in run.config.items()
-                       if key not in ("seed", "teacher_seed") and value != kind[0].config.get(key)}
-            if unequal:
-                problems.append(f"{parent}: the runs of {name} differ in {', '.join(sorted(unequal))}")
+        runs = dict(sorted(runs.items(), key=lambda item: (order_of_kind(item[0][0]), item[0][1])))
+        config = next(iter(runs.values())).config
+        title = {"mnist": "MNIST", "sva": "Subject-verb agreement"}[config["task"]]
+        if config.get("objective") == "lm":
+            title += ", language models"
+        group = Group(f"{title}, data: {config['data']}, {config['examples']:,} examples ({parent})",
+                      config["task"], config, runs, labels, {})
+        note_gaps(group, parent, problems)
         yield group
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Comparisons: matrices (runs, runs), a value for every pair
+def note_gaps(group, parent, problems):
+    """Name seeds that are not there, and runs of one kind that were not made alike."""
+    taught = [run for run in group.runs.values() if run.config["kd"]]
+    for name, runs in group.kinds().items():
+        seeds = {run.seed for run in (taught if runs[0].config["kd"] else group.runs.values())}
+        if missing := sorted(seeds - {run.seed for run in runs}):
+            problems.append(f"{parent}: no {name} with seed {', '.join(map(str, missing))}")
+        for field in sorted({field for run in runs for field in run.config}):
+            values = {str(run.config.get(field)) for run in runs}
+            if len(values) > 1 and field not in ("seed", "teacher_seed"):
+                problems.append(f"{parent}: the runs of {name} differ in {field}")
+    for field in ("device", "precision"):
+        values = {str(run.record.get("environment", {}).get(field)) for run in group.runs.values()}
+        if len(values) > 1:
+            problems.append(f"{parent}: runs of different {field} stand in one table: "
+                            + ", ".join(sorted(values)))
 
 
-def behaviour(logits, labels):
-    """Per-sample behaviour of all pairs: {"agreement", "error consistency", "divergence": (models, models) double}.
+# ---- Comparisons of two runs ---------------------------------------------------------------------
 
-    logits: (models, examples, classes). labels: (examples,). For each pair what common.py's error_consistency and
-    js_divergence give; agreement is the share of examples with the same top answer.
+
+def mean_over_tests(measure):
+    """measure(probabilities and predictions of a, of b, labels), mean over the OOD tests."""
+    return lambda group, a, b: statistics.fmean(
+        measure(*a.answers[test], *b.answers[test], group.labels[test])
+        for test in OUT_OF_DISTRIBUTION[group.task])
+
+
+def path_distance(group, a, b):
+    """Mean of 1 - RSA over the epochs of which both runs have a snapshot."""
+    return statistics.fmean(1 - common.rsa(a.path[epoch], b.path[epoch])
+                            for epoch in a.path if epoch in b.path)
+
+
+def last(run):
+    return run.path[max(run.path)]
+
+
+COMPARISONS = {
+    "agreement": mean_over_tests(lambda p, a, q, b, labels: (a == b).double().mean().item()),
+    "kappa": mean_over_tests(lambda p, a, q, b, labels: common.error_consistency(a, b, labels)),
+    "divergence": mean_over_tests(lambda p, a, q, b, labels: common.js_divergence(p, q)),
+    "CKA": lambda group, a, b: common.linear_cka(last(a), last(b)),
+    "RSA": lambda group, a, b: common.rsa(last(a), last(b)),
+    "path distance": path_distance,
+}
+
+
+def compare(group, measure, run, others):
+    """Mean of a comparison between `run` and each of `others`; None where there are none."""
+    values = []
+    for other in others:
+        key = measure, *sorted((run.folder, other.folder))
+        if key not in group.known:
+            group.known[key] = COMPARISONS[measure](group, run, other)
+        values.append(group.known[key])
+    return statistics.fmean(values) if values else None
+
+
+def plain_runs(group, kind, but=()):
+    """The undistilled runs of `kind`, without the seeds `but`."""
+    return [run for (name, seed), run in group.runs.items() if name == kind and seed not in but]
+
+
+def references(group, run):
+    """The plain runs to compare `run` with: {"own teacher", "other strong", "other plain": [runs]}.
+
+    Others are neither its own teacher nor a twin that started from the same weights.
     """
-    predictions = logits.argmax(dim=2)
-    probabilities = logits.double().softmax(dim=2)
-    correct = (predictions == labels).double()
-    accuracy = correct.mean(dim=1)
-    observed = (correct @ correct.T + (1 - correct) @ (1 - correct).T) / len(labels)
-    expected = accuracy[:, None] * accuracy + (1 - accuracy)[:, None] * (1 - accuracy)
-    kappa = torch.where(observed >= 1 - 1e-12, 1.0, (observed - expected) / (1 - expected))
+    student, teacher = run.config["student"], run.config.get("teacher")
+    strong, teacher_seed = STRONGER.get(student, student), run.config.get("teacher_seed")
 
-    def entropy(p):  # (..., examples, classes) -> (...), bits, mean over examples
-        return -torch.special.xlogy(p, p).sum(dim=-1).mean(dim=-1) / math.log(2)
+    def others(kind):
+        but = {run.seed} if kind == student else set()
+        return plain_runs(group, kind, but | ({teacher_seed} if kind == teacher else set()))
 
-    own = entropy(probabilities)
-    agreement, divergence = torch.empty_like(kappa), torch.empty_like(kappa)
-    for place, (prediction, p) in enumerate(zip(predictions, probabilities)):
-        agreement[place] = (predictions == prediction).double().mean(dim=1)
-        divergence[place] = (entropy((probabilities + p) / 2) - (own + own[place]) / 2).clamp(0, 1)
-    return {"agreement": agreement, "error consistency": kappa, "divergence": divergence}
+    own = group.runs.get((teacher, teacher_seed)) if run.config["kd"] == "offline" else None
+    return {"own teacher": [own] if own else [], "other strong": others(strong),
+            "other plain": others(student)}
 
 
-def similarities(representations, rows=50):
-    """{"RSA", "CKA": (models, models) double}, what common.py's rsa and linear_cka give for each pair.
-
-    representations: list of (examples, features). Both measures are inner products of the models' (examples,
-    examples) similarity matrices; these are made once, `rows` rows at a time, for all models together.
-    """
-    prepare = {"RSA": lambda x: F.normalize(x.float(), dim=1),
-               "CKA": lambda x: F.normalize((x - x.mean(dim=0)).float().flatten(), dim=0).view_as(x)}
-    examples, result = len(representations[0]), {}
-    for measure in prepare:
-        features = [prepare[measure](x) for x in representations]
-        total = torch.zeros(len(features), len(features), dtype=torch.double)
-        for first in range(0, examples, rows):
-            block = torch.stack([x[first:first + rows] @ x.T for x in features])  # (models, rows, examples)
-            block = F.normalize(block, dim=2) if measure == "RSA" else block * examples
-            block = block.flatten(1)
-            total += (block @ block.T).double()
-        norms = total.diagonal().sqrt()
-        result[measure] = total / examples if measure == "RSA" else total / (norms[:, None] * norms)
-    return result
-
-
-class Paths(NamedTuple):
-    """Training paths of all runs. final: {"RSA", "CKA"} between the finished models. distance: between paths, the mean
-    of 1 - RSA over equal epochs. length, straightness: per run. snapshots: 1 - RSA between all snapshots, which belong
-    to the runs `run_of` and the `epochs`."""
-
-    final: dict
-    distance: torch.Tensor
-    length: list
-    straightness: list
-    snapshots: torch.Tensor
-    run_of: list
-    epochs: list
-
-
-def training_paths(runs):
-    """-> Paths of `runs`, from their probe representations."""
-    run_of = [place for place, run in enumerate(runs) for _ in run.outputs["probe_epochs"]]
-    epochs = [int(epoch) for run in runs for epoch in run.outputs["probe_epochs"]]
-    pairs = similarities([x for run in runs for x in run.outputs["probe_representations"]])
-    snapshots = (1 - pairs["RSA"]).clamp(min=0)
-    steps = [[i for i, owner in enumerate(run_of) if owner == place] for place in range(len(runs))]
-    last = torch.tensor([places[-1] for places in steps])
-    length = [sum(snapshots[i, j].item() for i, j in zip(places, places[1:])) for places in steps]
-    straightness = [snapshots[places[0], places[-1]].item() / total if total else math.nan
-                    for places, total in zip(steps, length)]
-    same_epoch = torch.tensor(epochs)[:, None] == torch.tensor(epochs)
-    owner = F.one_hot(torch.tensor(run_of)).double()  # (snapshots, runs)
-    distance = owner.T @ (snapshots * same_epoch) @ owner / (owner.T @ same_epoch.double() @ owner)
-    final = {measure: matrix[last][:, last] for measure, matrix in pairs.items()}
-    return Paths(final, distance, length, straightness, snapshots, run_of, epochs)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Basins: are two solutions of one architecture connected by low loss?
+# ---- Basins: are two solutions of one architecture connected by low loss? ------------------------
 
 
 def barrier(losses):
-    """How far the loss on the straight way rises above the line between its ends; 0 where it never does.
+    """How far the loss on the straight way rises above the line between its ends; at least 0.
 
-    losses: at equally spaced points of the way. Frankle et al. 2020 (arXiv 1912.05671), sec. 2, in the form of
-    Entezari et al. 2022 (arXiv 2110.06296), eq. 1. For accuracies give their negatives.
+    losses: at equally spaced points. Frankle et al. 2020 (arXiv 1912.05671), sec. 2, in the form
+    of Entezari et al. 2022 (arXiv 2110.06296), eq. 1. For accuracies give their negatives.
     """
-    line = torch.linspace(0, 1, len(losses), dtype=torch.double)
     losses = torch.as_tensor(losses, dtype=torch.double)
-    return (losses - (losses[0] * (1 - line) + losses[-1] * line)).max().item()
+    line = torch.linspace(0, 1, len(losses), dtype=torch.double)
+    return (losses - torch.lerp(losses[0], losses[-1], line)).max().item()
 
 
 def interpolate(model, state_a, state_b, measure, points=BARRIER_POINTS):
-    """[measure(model)] with the weights (1-a) state_a + a state_b, for `points` equally spaced a in 0..1.
-
-    measure: called with the model in eval mode; re-estimating batch-norm statistics is left to it.
-    """
+    """[measure(model)] with the weights (1-a) state_a + a state_b for equally spaced a in 0..1."""
     results = []
     for a in torch.linspace(0, 1, points).tolist():
-        model.load_state_dict({name: torch.lerp(state_a[name], state_b[name], a) if state_a[name].is_floating_point()
-                               else state_a[name] for name in state_a})
-        results.append(measure(model.eval()))
+        model.load_state_dict({
+            name: torch.lerp(value, state_b[name], a) if value.is_floating_point() else value
+            for name, value in state_a.items()})
+        results.append(measure(model))
     return results
 
 
-@torch.no_grad()
-def reestimate_batch_norm(model, inputs, amp=False):
-    """Replace running means and variances by those of `inputs`; without it a barrier is an artefact of old ones."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain average over batches; here there is one
-        norm.train()
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
-        model(inputs)
-    model.eval()
+def barrier_examples(group):
+    return min(BARRIER_EXAMPLES[group.task], max(2, group.config["examples"] // 48))
 
 
 def mnist_measure(group, data_dir, device):
-    """-> (build, measure): an untrained model for a run; (train loss, accuracy, test loss, accuracy) of a model."""
-    config = group.runs[0].config
-    mnist = train_mnist.load_mnist(data_dir, quiet=True) if config["data"] == "mnist" else None
-    data = train_mnist.make_data(config["data"], config["examples"], mnist, device)
-    parts = [[tensor[:BARRIER_EXAMPLES["mnist"]] for tensor in data[name]] for name in ("train", "test")]
+    """(build, measure): an untrained model of a kind; what is measured of a model on the way."""
+    config, n = group.config, barrier_examples(group)
+    _, digits = train_mnist.load_digits(config["data"], config["examples"], data_dir)
+    data = train_mnist.make_data(digits, config["examples"], device)
     amp = common.has_bfloat16(device)
+    (train_images, _), (test_images, _) = data["train"], data["test"]
+    labels = torch.cat([data["train"][1][:n], data["test"][1][:n]]).cpu()
+    images = torch.cat([train_images[:n], test_images[:n]])
 
     def measure(model):
-        reestimate_batch_norm(model, train_mnist.to_input(parts[0][0]), amp)
-        values = []
-        for images, labels in parts:
-            scores = common.classification_metrics(train_mnist.evaluate(model, images, amp)[0], labels)
-            values += [scores["nll"], scores["accuracy"]]
-        return values
+        # Without new batch-norm statistics for each point, barriers are an artefact of old ones.
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            update_bn([train_mnist.to_input(images[:n])], model)
+        logits = train_mnist.evaluate(model, images, amp)[0]
+        return [common.classification_metrics(logits[part], labels[part])[name]
+                for part in (slice(n), slice(n, None)) for name in ("nll", "accuracy")]
 
-    return lambda run: train_mnist.place(train_mnist.build_model(run.config["student"], 0), device), measure
+    return lambda kind: train_mnist.build_model(kind, 0, device), measure
 
 
 def sva_measure(group, data_dir, device):
-    """As mnist_measure; the loss of a language model is that of all words, its accuracy that of the verb."""
-    config = group.runs[0].config
-    source, objective = config["data"], config["objective"]
-    args = train_sva.parse_arguments(["--objective", objective, "--data", source,
-                                      "--out", str(group.runs[0].folder.parents[2]),
-                                      *(["--data-dir", str(data_dir)] if source == "linzen" else
-                                        ["--examples", str(config["examples"])])])
-    args.device = device
-    data, described, _ = train_sva.make_data(*train_sva.find_data(args), args)
-    if described != group.runs[0].record.get("data"):
+    """As mnist_measure; a language model's loss is that of all words, its accuracy the verb's."""
+    config, amp = group.config, common.has_bfloat16(device)
+    source, files = train_sva.find_data(config["data"], data_dir)
+    data, described = train_sva.make_data(source, files, config["examples"], config["objective"],
+                                          device)
+    if described != next(iter(group.runs.values())).record["data"]:
         raise common.UserError(f"the sentences in {data_dir} are not those of the runs")
-    n, words, amp = BARRIER_EXAMPLES["sva"], described["vocabulary"], common.has_bfloat16(device)
-    chosen = torch.randperm(len(data["train"].lengths), generator=torch.Generator().manual_seed(0))[:n]
-    train = train_sva.Split(data["train"].tokens, *(column[chosen] for column in data["train"][1:]))
-    probe = train_sva.Split(data["probe"].tokens, *(column[:n] for column in data["probe"][1:]))
+    generator = torch.Generator().manual_seed(0)
+    n = barrier_examples(group)
+    chosen = torch.randperm(described["train"], generator=generator)[:n]
+    first = torch.arange(described["probe"])[:n]
+    splits = data["train"].take(chosen.to(device)), data["probe"].take(first.to(device))
 
     def measure(model):
         values = []
-        for split in (train, probe):
-            logits, _, perplexity = train_sva.evaluate(model, split, objective, amp)
-            scores = common.classification_metrics(logits, split.labels.cpu())
-            values += [scores["nll"] if perplexity is None else math.log(perplexity), scores["accuracy"]]
+        for split in splits:
+            logits, _, perplexity = train_sva.evaluate(model, split, config["objective"], amp)
+            metrics = common.classification_metrics(logits, split.labels.cpu())
+            loss = metrics["nll"] if perplexity is None else math.log(perplexity)
+            values += [loss, metrics["accuracy"]]
         return values
 
-    return lambda run: train_sva.build_model(run.config["student"], 0, words, objective).to(device), measure
+    return lambda kind: train_sva.build_model(kind, 0, described["vocabulary"],
+                                              config["objective"], device), measure
 
 
 def barrier_pairs(group):
-    """[(what the pair is, place, place)]: twins from one initialisation, students of one teacher, plain seeds."""
+    """[(label, Run, Run)]: taught runs with their plain twins, and neighbouring plain seeds."""
     pairs = []
     for name, runs in group.kinds().items():
-        config = runs[0].config
-        model, teacher = config["student"], config.get("teacher")
+        student, teacher = runs[0].config["student"], runs[0].config.get("teacher")
         if teacher is None:
-            pairs += [(f"{model}: two plain seeds", group.at[name, a.seed], group.at[name, b.seed])
-                      for a, b in zip(runs, runs[1:])]
-        elif config["kd"] == "offline" and (teacher == model or STRONGER.get(model) == teacher
-                                            or STRONGER.get(teacher) == model):
-            pairs += [(f"{model}: plain, taught by {teacher}", group.at[model, run.seed], group.at[name, run.seed])
-                      for run in runs if (model, run.seed) in group.at]
-            pairs += [(f"{model}: two taught by one {teacher}", group.at[name, a.seed], group.at[name, b.seed])
-                      for i, a in enumerate(runs) for b in runs[i + 1:]
-                      if a.config["teacher_seed"] == b.config["teacher_seed"]]
+            pairs += [(f"{name}, two seeds", a, b) for a, b in zip(runs, runs[1:])]
+        elif runs[0].config["kd"] == "offline" and (
+                teacher in (student, STRONGER.get(student)) or STRONGER.get(teacher) == student):
+            twins = [(group.runs.get((student, run.seed)), run) for run in runs]
+            pairs += [(name, twin, run) for twin, run in twins if twin]
     return pairs
 
 
 def measure_barriers(group, data_dir, device, problems):
-    """[{"pair", "runs", "train_loss", "train_accuracy", "test_loss", "test_accuracy": 21 values each}]."""
-    pairs = barrier_pairs(group)
-    if not pairs:
-        return []
+    """[{"pair", "runs", "train_loss", "train_accuracy", "test_loss", "test_accuracy": 21 values}]"""
+    pairs, results = barrier_pairs(group), []
     try:
-        build, measure = (mnist_measure if group.task == "mnist" else sva_measure)(group, data_dir, device)
-    except (common.UserError, FileNotFoundError, KeyError) as error:
-        problems.append(f"no barriers for {group.title}: {error} (--data-dir says where the data are)")
+        if pairs:
+            prepare = {"mnist": mnist_measure, "sva": sva_measure}[group.task]
+            build, measure = prepare(group, data_dir, device)
+    except common.UserError as error:
+        problems.append(f"no barriers for {group.title}: {error} (--data-dir: where the data are)")
         return []
-    results, states, start = [], {}, time.perf_counter()
-    for done, (what, *places) in enumerate(pairs):
-        live(f"{group.title}: barrier {done + 1}/{len(pairs)}, "
-             f"{(time.perf_counter() - start) / max(done, 1) * (len(pairs) - done):.0f} s left")
+
+    def measure_pair(pair):
+        label, a, b = pair
         try:
-            for place in places:
-                if place not in states:
-                    states[place] = common.load_weights(build(group.runs[place]), group.runs[place].folder).state_dict()
-            values = interpolate(build(group.runs[places[0]]), *(states[place] for place in places), measure)
+            states = []
+            for run in (a, b):
+                model = common.load_weights(build(run.config["student"]), run.folder)
+                states.append({name: value.clone() for name, value in model.state_dict().items()})
         except (common.UserError, KeyError) as error:
-            unknown = "this version has no model " * isinstance(error, KeyError)
-            problems.append(f"no barrier for {what}: {unknown}{error}")
-            continue
-        curves = zip(("train_loss", "train_accuracy", "test_loss", "test_accuracy"), zip(*values))
-        results.append({"pair": what, "runs": [f"{group.runs[place].name}/seed{group.runs[place].seed}"
-                                               for place in places],
-                        **{name: list(curve) for name, curve in curves}})
+            problems.append(f"no barrier for {label}, seed {b.seed}: {error}")
+            return None
+        curves = zip(*interpolate(model, *states, measure))
+        names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+        return {"pair": label, "runs": [f"{run.name}/seed{run.seed}" for run in (a, b)],
+                **dict(zip(names, map(list, curves)))}
+
+    # The models are small: a pair on each core is faster than one pair on all of them.
+    threads = torch.get_num_threads()
+    workers = threads if device.type == "cpu" else 1
+    torch.set_num_threads(threads // workers)
+    with ThreadPoolExecutor(workers) as pool:
+        for done, result in enumerate(pool.map(measure_pair, pairs), 1):
+            live(f"{group.title}: barrier {done}/{len(pairs)}")
+            results += [result] if result else []
+    torch.set_num_threads(threads)
     live("")
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables
-
-
 def live(text):
-    """A line on the terminal that the next one overwrites; nothing where stderr is not a terminal."""
+    """A line on the terminal that the next one overwrites; nothing if stderr is not a terminal."""
     if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{text[:118]}", end="", file=sys.stderr, flush=True)
+
+
+# ---- Claims of the paper's abstract --------------------------------------------------------------
+
+
+def claims_about(group, weak, barriers):
+    """{claim: {seed: value}} about the student `weak`; a value is positive if the claim holds.
+
+    Differences are paired by seed: a student and its untaught twin, compared with the same strong
+    models, which are the student's own teacher, or those that did not teach it.
+    """
+    strong, claims = STRONGER[weak], {}
+    heights = {tuple(entry["runs"]): barrier(entry["train_loss"]) for entry in barriers}
+    names = {"plain": weak, "strong": strong, "taught": f"{strong}-to-{weak}",
+             "self": f"{weak}-to-{weak}"}
+
+    def add(claim, seed, value):
+        if value is not None and math.isfinite(value):
+            claims.setdefault(claim, {})[seed] = value
+
+    def gain(measure, better, worse):
+        tests = [(better.record["metrics"][test], worse.record["metrics"][test])
+                 for test in OUT_OF_DISTRIBUTION[group.task]]
+        return statistics.fmean(a[measure] - b[measure] for a, b in tests)
+
+    def nearer(measure, run, twin, models):
+        near, far = (compare(group, measure, who, models) for who in (run, twin))
+        return None if near is None else near - far
+
+    accuracy = "accuracy" if group.task == "mnist" else "a_accuracy"
+    for seed in sorted({seed for _, seed in group.runs}):
+        plain, strong_run, taught, self_taught = (group.runs.get((name, seed))
+                                                  for name in names.values())
+        if plain and strong_run:
+            add("the stronger bias generalises better", seed, gain(accuracy, strong_run, plain))
+        if plain and taught:
+            add("teaching improves accuracy", seed, gain(accuracy, taught, plain))
+        if taught and self_taught:
+            add("... more than self-distillation", seed, gain(accuracy, taught, self_taught))
+        if plain and taught:
+            add("teaching improves calibration (ECE)", seed, gain("ece", plain, taught))
+            models = references(group, taught)
+            for where, whose in (("other strong", f"of other {strong}s"), ("own teacher", "of its teacher")):
+                for label, measure, sign in (
+                        ("errors become those", "kappa", 1), ("representations become those", "CKA", 1),
+                        ("representations become those", "RSA", 1),
+                        ("training paths become those", "path distance", -1)):
+                    value = nearer(measure, taught, plain, models[where])
+                    add(f"{label} {whose} ({measure})", seed, value and sign * value)
+        if plain and self_taught:
+            models = references(group, self_taught)["other plain"]
+            add(f"self-distillation changes little (CKA within ±{MARGIN})", seed,
+                nearer("CKA", self_taught, plain, models))
+        twins = [heights.get((f"{weak}/seed{seed}", f"{names[role]}/seed{seed}"))
+                 for role in ("taught", "self")]
+        if None not in twins:
+            add("a strong teacher moves the basin, itself doesn't", seed, twins[0] - twins[1])
+
+    seeds = [seed for (name, seed) in group.runs if name == weak and (strong, seed) in group.runs]
+    if len(seeds) > 2:
+        for label, measure, sign in (("predictions", "divergence", 1), ("representations", "CKA", -1)):
+            spread = torch.zeros(len(seeds), len(seeds), dtype=torch.double)
+            for (i, a), (j, b) in itertools.permutations(enumerate(seeds), 2):
+                values = [compare(group, measure, group.runs[kind, a], [group.runs[kind, b]])
+                          for kind in (weak, strong)]
+                spread[i, j] = sign * (values[0] - values[1])
+            for seed, value in zip(seeds, jackknife(spread).tolist()):
+                add(f"a stronger bias, less variance of {label}", seed, value)
+    return claims
+
+
+def test_claims(group, barriers):
+    """[{"student", "claim", "values", "mean", "low", "high", "verdict", "p", "holm"}]."""
+    results = []
+    for weak in STRONGER:
+        for claim, values in claims_about(group, weak, barriers).items():
+            margin = MARGIN if "±" in claim else 0.0
+            statistic = t_test(list(values.values()), margin)
+            results.append({"student": weak, "claim": claim, "values": values,
+                            **dict(zip(("mean", "low", "high", "verdict", "p"), statistic))})
+    tested = [result for result in results if result["verdict"] != "untested"]
+    for result, survives in zip(tested, holm([result["p"] for result in tested])):
+        result["holm"] = survives and result["verdict"] != "inconclusive"
+    return results
+
+
+def answer(group, claims):
+    """The answer in a few lines for each student that was taught by the stronger kind."""
+    lines = []
+    for weak, strong in STRONGER.items():
+        found = {claim["claim"]: claim for claim in claims if claim["student"] == weak}
+        wanted = {"accuracy": "teaching improves accuracy",
+                  "more than self-distillation": "... more than self-distillation",
+                  "ECE lower by": "teaching improves calibration (ECE)",
+                  "kappa with other strong models": f"errors become those of other {strong}s (kappa)",
+                  "CKA with them": f"representations become those of other {strong}s (CKA)"}
+        parts = []
+        for label, text in wanted.items():
+            if text in found:
+                c = found[text]
+                interval = f" ({c['low']:.3f} to {c['high']:.3f})" if len(c["values"]) > 2 else ""
+                parts.append(f"  {label} {c['mean']:+.3f}{interval} {c['verdict']}")
+        if parts:
+            n = len(found["teaching improves accuracy"]["values"])
+            lines += [f"{weak} taught by {strong}, {n} seeds, against the untaught {weak}:", *parts]
+    return "\n".join(lines)
+
+
+# ---- Tables --------------------------------------------------------------------------------------
 
 
 def mean_and_spread(values, digits=3):
@@ -455,479 +567,328 @@ def mean_and_spread(values, digits=3):
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
-class Table:
-    """A Markdown table of means over seeds. columns: {title: (+1 higher is better, -1 lower, 0 neither; digits)}."""
-
-    def __init__(self, caption, first, columns):
-        self.caption, self.first, self.columns, self.rows, self.notes = caption, first, columns, {}, {}
-
-    def add(self, label, values, notes=()):
-        """values: one list of numbers a column. notes: what is put in brackets behind the first cells."""
-        self.rows[label], self.notes[label] = dict(zip(self.columns, values)), notes
-
-    def text(self):
-        header = [self.first, *self.columns]
-        lines = []
-        for label, row in self.rows.items():
-            cells = [mean_and_spread(row[title], digits) for title, (_, digits) in self.columns.items()]
-            for place, (title, (better, digits)) in enumerate(self.columns.items()):
-                means = {other: statistics.fmean(finite) for other, values in self.rows.items()
-                         if (finite := [v for v in values[title] if v is not None and math.isfinite(v)])}
-                if better and len(means) > 1 and label in means:
-                    best = max(means.values(), key=lambda mean: mean * better)
-                    if round(means[label], digits) == round(best, digits):
-                        cells[place] = f"**{cells[place]}**"
-            for place, note in enumerate(self.notes[label]):
-                cells[place] += f" ({note})"
-            lines.append([label, *cells])
-        return markdown(self.caption, header, lines)
+def print_table(caption, header, rows):
+    """A Markdown table that reads well in a terminal too; columns without a value are left out."""
+    used = [place for place in range(len(header)) if any(row[place] != "-" for row in rows)]
+    lines = [[line[place] for place in used] for line in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    print(f"{caption}\n")
+    for line in lines:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
+    print(flush=True)
 
 
-def markdown(caption, header, lines):
-    """The caption and the table, its columns padded so that it can be read in a terminal too."""
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-    rows = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |"
-            for line in [header, *lines]]
-    rows.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return f"{caption}\n\n" + "\n".join(rows) + "\n"
+def table_of_kinds(group, caption, columns, paper=None):
+    """Print a row for each kind of run; return the values behind it, {kind: {column: [values]}}.
 
-
-def mean_of(values):
-    values = list(values)
-    return statistics.fmean(values) if values else None
-
-
-def references(group, run):
-    """Places of the plain runs to compare `run` with: its own teacher; the others of the stronger kind; of its kind.
-
-    "Others": neither its own teacher nor a twin that started from the same weights.
+    columns: {title: (value of a run or None, digits)}. paper: {kind: its values, column by column}.
     """
-    student, teacher, teacher_seed = (run.config.get(key) for key in ("student", "teacher", "teacher_seed"))
-
-    def others(kind):
-        return [group.at[other.name, other.seed] for other in group.runs if other.name == kind
-                and not (kind == teacher and other.seed == teacher_seed)
-                and not (kind == student and other.seed == run.seed)]
-
-    taught = run.config["kd"] == "offline" and (teacher, teacher_seed) in group.at
-    return {"own teacher": [group.at[teacher, teacher_seed]] if taught else [],
-            "other strong": others(STRONGER.get(student, student)), "other plain": others(student)}
-
-
-def compared_with_references(group, matrices, caption, extra_columns=(), extra=None):
-    """A table with a column for each matrix and reference; matrices: {name: (matrix, +1 or -1 or 0)}."""
-    columns = {title: (0, 3) for title in extra_columns}
-    columns |= {f"{name}, {reference}": (0, 3) for name in matrices
-                for reference in ("own teacher", "other strong", "other plain")}
-    table = Table(caption, "run", columns)
-    for name, runs in group.kinds().items():
-        values = [[] for _ in columns]
-        for run in runs:
-            place = group.at[name, run.seed]
-            cells = list(extra[place]) if extra else []
-            for matrix in matrices.values():
-                cells += [mean_of(matrix[place, other].item() for other in places)
-                          for places in references(group, run).values()]
-            for column, cell in zip(values, cells):
-                column.append(cell)
-        table.add(name, values)
-    return table
+    values = {kind: {title: [value(run) for run in runs] for title, (value, _) in columns.items()}
+              for kind, runs in group.kinds().items()}
+    rows = []
+    for kind, row in values.items():
+        cells = [mean_and_spread(row[title], digits) for title, (_, digits) in columns.items()]
+        rows.append([kind, *cells, str(len(group.kinds()[kind]))])
+        if paper and kind in paper:
+            rows.append([f"{kind} (paper)", *(f"{value:.3f}" for value in paper[kind]), "-"])
+    print_table(caption, ["run", *columns, "n"], rows)
+    return values
 
 
-def accuracy_table(group):
-    """Table (a) for MNIST, (b) for agreement."""
+def metric(test, name, group_of=None):
+    """A function of a run: a metric in its run.json, None where it has no such value."""
+    def value(run):
+        found = run.record["metrics"][test].get(name)
+        return (found or {}).get(group_of) if group_of else found
+    return value
+
+
+def print_tables(group, barriers):
+    """Tables (a) to (g); returns {letter: {"caption", "rows"}} for --json."""
+    tables = {}
+
+    def add(letter, caption, columns, paper=None):
+        caption = f"**({letter}) {caption}"
+        tables[letter] = {"caption": caption, "rows": table_of_kinds(group, caption, columns, paper)}
+
     if group.task == "mnist":
-        columns = {f"{measure}, {test}": (better, 3) for measure, better in (("accuracy", 1), ("ECE", -1))
+        columns = {f"{title}, {test}": (metric(test, name), 3)
+                   for title, name in (("accuracy", "accuracy"), ("ECE", "ece"))
                    for test in TESTS["mnist"]}
-        paper = group.runs[0].config["data"] == "mnist"
-        table = Table("**(a) Accuracy and calibration** (mean ± standard deviation over n seeds; best in bold"
-                      + "; in brackets the paper's)." * paper + ")." * (not paper)
-                      + " Look at the scaled and translated digits, which no model saw in training.", "run",
-                      columns | {"n": (0, 0)})
-        for name, runs in group.kinds().items():
-            values = [[run.metrics[test][measure] for run in runs] for measure in ("accuracy", "ece")
-                      for test in TESTS["mnist"]]
-            notes = [f"{value:.3f}" for value in PAPER_MNIST.get(name, ())] if paper else []
-            table.add(name, [*values, [len(runs)]], notes)
-        return table
-    lm = group.runs[0].config["objective"] == "lm"
-    columns = {"accuracy": (1, 3), "A-accuracy": (1, 3), "D-accuracy": (1, 3),
-               **{f"{k}{'+' * (k == 4)} attr.": (1, 3) for k in range(5)}, "ECE": (-1, 3), "NLL": (-1, 3)}
-    columns |= {"perplexity": (-1, 2)} if lm else {}
-    table = Table("**(b) Agreement** (mean ± standard deviation over n seeds; best in bold). Look at the sentences "
-                  "with many attractors, which are rare in training.", "run", columns | {"n": (0, 0)})
-    for name, runs in group.kinds().items():
-        tests = [run.metrics["test"] for run in runs]
-        values = [[m[key] for m in tests] for key in ("accuracy", "a_accuracy", "d_accuracy")]
-        values += [[(m["accuracy_by_attractors"] or {}).get(str(k)) for m in tests] for k in range(5)]
-        values += [[m[key] for m in tests] for key in ("ece", "nll", *["perplexity"] * lm)]
-        table.add(name, [*values, [len(runs)]])
-    return table
+        add("a", "Accuracy and calibration**, mean ± standard deviation over n seeds. No model saw "
+            "scaled or translated\ndigits in training.", columns,
+            PAPER_MNIST if group.config["data"] == "mnist" else None)
+    else:
+        names = {"accuracy": "accuracy", "A-accuracy": "a_accuracy", "D-accuracy": "d_accuracy"}
+        add("a", "Agreement**, mean ± standard deviation over n seeds. A-accuracy is the mean over "
+            "0, 1, 2, 3, 4+ attractors,\nD-accuracy that over distances.",
+            {title: (metric("test", name), 3) for title, name in names.items()})
+        add("b", "Accuracy by attractors**: they are rare in training.",
+            {f"{k}{'+' if k == 4 else ''} attr.":
+             (metric("test", "accuracy_by_attractors", str(k)), 3) for k in range(5)})
+        add("c", "Calibration and fit**: NLL of the answer in nats, perplexity per word.",
+            {"ECE": (metric("test", "ece"), 3), "NLL": (metric("test", "nll"), 3),
+             "perplexity": (metric("test", "perplexity"), 2)})
+
+    captions = {
+        "agreement": "share of equal answers (out of distribution)",
+        "kappa": "error consistency, Cohen's kappa of right and wrong (out of distribution)",
+        "divergence": "Jensen-Shannon divergence of predictions, bits (out of distribution)",
+        "CKA": "linear CKA of the representations of 1,000 test examples",
+        "RSA": "RSA of the representations of 1,000 test examples",
+        "path distance": "distance of training paths, mean of 1 - RSA over equal epochs",
+    }
+    for place, (measure, caption) in enumerate(captions.items(), 1):
+        def value(run, where, measure=measure):
+            return compare(group, measure, run, references(group, run)[where])
+        add(f"d{place}", f"Comparison with plain models: {measure}**, {caption}.",
+            {where: (lambda run, where=where: value(run, where), 3)
+             for where in ("own teacher", "other strong", "other plain")})
+    steps = {run.folder: [1 - common.rsa(run.path[a], run.path[b])
+                          for a, b in zip(run.path, list(run.path)[1:])]
+             for run in group.runs.values()}
+    add("e", "Training paths** in the space of 1 - RSA: length, and straightness (end to end over "
+        "length; it can\nexceed 1, as 1 - RSA is no metric).",
+        {"length": (lambda run: sum(steps[run.folder]), 3),
+         "straightness": (lambda run: (1 - common.rsa(run.path[0], last(run)))
+                          / (sum(steps[run.folder]) or math.nan), 3)})
+
+    if barriers:
+        rows, values = [], {}
+        for label in dict.fromkeys(entry["pair"] for entry in barriers):
+            entries = [entry for entry in barriers if entry["pair"] == label]
+            values[label] = {f"{name}, {title}": [
+                barrier([sign * value for value in entry[f"{part}_{name}"]]) for entry in entries]
+                for name, sign in (("loss", 1), ("accuracy", -1))
+                for part, title in (("train", "training"), ("test", "test"))}
+            rows.append([label, *map(mean_and_spread, values[label].values()), str(len(entries))])
+        caption = ("**(f) Basins**: barrier on the straight way from a taught run to its plain twin, "
+                   f"or between two seeds.\n{BARRIER_POINTS} points, {barrier_examples(group)} "
+                   "training and test examples each. Near 0: one basin.")
+        print_table(caption, ["pair", *values[label], "n"], rows)
+        tables["f"] = {"caption": caption, "rows": values}
+
+    def timing(name):
+        return lambda run: run.record.get("timing", {}).get(name)
+
+    def overhead(run):
+        twin = group.runs.get((run.config["student"], run.seed))
+        if not run.config["kd"] or twin is None or None in map(timing("training"), (run, twin)):
+            return None
+        return (timing("training")(run) + (timing("teacher_logits")(run) or 0)) / timing("training")(twin)
+
+    add("g", "Cost**. Overhead: a taught run's training and teacher outputs over its plain twin's "
+        "training; only fair where\nboth had the machine to the same extent.",
+        {"training, s": (timing("training"), 1), "examples per s": (timing("examples_per_second"), 0),
+         "overhead of KD": (overhead, 2)})
+    return tables
 
 
-def spread_within(group, matrix, name, seed):
-    """Mean of `matrix` between the run (name, seed) and the other seeds of its kind, None where there is none."""
-    place = group.at[name, seed]
-    return mean_of(matrix[place, other].item() for (kind, _), other in group.at.items()
-                   if kind == name and other != place)
+def print_claims(claims):
+    """Table (h) for each student; claims that can't be tested yet are counted in one line."""
+    tested = [claim for claim in claims if claim["verdict"] != "untested"]
+    if tested:
+        print(f"**(h) Claims**: differences paired by seed, positive where the claim holds, with the "
+              f"95 % t-interval over n\nseeds. If no difference were real, about "
+              f"{0.05 * len(tested):.1f} of these {len(tested)} verdicts would be \"supported\" or "
+              "\"contradicted\" by chance.\n* survives Holm's correction over all of them. Seeds share "
+              "one data set, and neighbours a model.\n")
+    for weak in dict.fromkeys(claim["student"] for claim in tested):
+        rows = [[c["claim"], f"{c['mean']:+.3f}", f"{c['low']:+.3f} .. {c['high']:+.3f}",
+                 str(len(c["values"])), c["verdict"] + (" *" if c["holm"] else "")]
+                for c in tested if c["student"] == weak]
+        print_table(weak, ["claim", "difference", "95 % interval", "n", "verdict"], rows)
+    if len(tested) < len(claims):
+        print(f"{len(claims) - len(tested)} claims have fewer than 3 seeds and are left out: "
+              "SEEDS=3 ./run_all.sh, or the training scripts with more --seed, make them testable.\n")
 
 
-def similarity_table(group, paths):
-    extra = [[spread_within(group, matrix, run.name, run.seed) for matrix in paths.final.values()]
-             for run in group.runs]
-    return compared_with_references(
-        group, paths.final, "**(d) Representations** of 1,000 test examples: similarity (1: the same up to rotation "
-        "and scale). Look whether a taught student is closer than a plain one to strong models that did not teach it.",
-        [f"{measure}, own kind" for measure in paths.final], extra)
+# ---- Figures -------------------------------------------------------------------------------------
 
-
-def path_table(group, paths):
-    return compared_with_references(
-        group, {"distance": paths.distance}, "**(e) Training paths** in the space of 1 - RSA: length, straightness "
-        "(end to end over length; it can exceed 1, as 1 - RSA is no metric) and mean distance to other runs' paths at "
-        "equal epochs. Look whether a taught student walks nearer to the strong models.",
-        ["length", "straightness"], list(zip(paths.length, paths.straightness)))
-
-
-def barrier_table(group, barriers):
-    table = Table(f"**(f) Basins**: barrier on the straight way between two runs, {BARRIER_POINTS} points, "
-                  f"{BARRIER_EXAMPLES[group.task]} examples each. Near 0: one basin. Look whether a taught student "
-                  "has left the basin of its plain twin, and a self-distilled one has not.", "pair",
-                  {"loss, training": (0, 3), "loss, test": (0, 3), "accuracy, training": (0, 3),
-                   "accuracy, test": (0, 3), "pairs": (0, 0)})
-    for what in dict.fromkeys(entry["pair"] for entry in barriers):
-        entries = [entry for entry in barriers if entry["pair"] == what]
-        values = [[barrier(entry[f"{part}_loss"]) for entry in entries] for part in ("train", "test")]
-        values += [[barrier([-value for value in entry[f"{part}_accuracy"]]) for entry in entries]
-                   for part in ("train", "test")]
-        table.add(what, [*values, [len(entries)]])
-    return table
-
-
-def cost_table(group):
-    table = Table("**(g) Cost**. Overhead: a taught run's training and teacher outputs over the training of its plain "
-                  "twin; only fair where both had the machine to the same extent.", "run",
-                  {"training, s": (0, 1), "examples per s": (0, 0), "overhead of KD": (0, 2)})
-    for name, runs in group.kinds().items():
-        seconds = [run.timing.get("training") for run in runs]
-        overhead = []
-        for run in runs:
-            twin = group.at.get((run.config["student"], run.seed))
-            plain = None if twin is None else group.runs[twin].timing.get("training")
-            if run.config["kd"] and plain and "training" in run.timing:
-                overhead.append((run.timing["training"] + run.timing.get("teacher_logits", 0)) / plain)
-        table.add(name, [seconds, [run.timing.get("examples_per_second") for run in runs], overhead])
-    return table
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Claims
-
-
-def test_claims(group, behaviours, paths, barriers):
-    """[{"claim", "student", "differences": {seed: positive if the claim holds}, "mean", "low", "high", "verdict"}].
-
-    After the abstract of Abnar et al. 2020. Differences are paired by seed: a student and its plain twin, compared
-    with the same strong models: the student's own teacher, or those (the mean over them) that did not teach it.
-    """
-    task, claims = group.task, []
-    names = {run.name for run in group.runs}
-    # Of the training loss: a basin is one of it, and on tests unlike the training data no two runs are apart.
-    heights = {tuple(entry["runs"]): barrier(entry["train_loss"]) for entry in barriers}
-
-    def run_at(name, seed):
-        return group.runs[group.at[name, seed]]  # KeyError: not there
-
-    def score(name, seed, measure):
-        tests = [run_at(name, seed).metrics[test] for test in OUT_OF_DISTRIBUTION[task]]
-        return statistics.fmean(test[measure] for test in tests)
-
-    def similarity(matrix, name, pupil, seed, own):
-        """From the run (name, seed) to the teacher of the run (pupil, seed), or to the others of the teacher's kind."""
-        place, where = group.at[name, seed], references(group, run_at(pupil, seed))
-        kind = "own teacher" if own else "other plain" if pupil == f"{weak}-to-{weak}" else "other strong"
-        if not where[kind]:
-            raise KeyError("no such model")
-        return statistics.fmean(matrix[place, other].item() for other in where[kind])
-
-    accuracy = "accuracy" if task == "mnist" else "a_accuracy"
-    for weak, strong in STRONGER.items():
-        taught, self_taught = f"{strong}-to-{weak}", f"{weak}-to-{weak}"
-        if not {weak, taught} & names:
-            continue
-
-        def claim(text, difference, margin=None):
-            differences = {}
-            for seed in sorted({run.seed for run in group.runs}):
-                try:
-                    differences[seed] = difference(seed)
-                except (KeyError, TypeError):  # a run, or a value of it, that isn't there
-                    continue
-            values = [value for value in differences.values() if math.isfinite(value)]
-            mean, low, high = t_interval(values) if values else (math.nan,) * 3
-            claims.append({"claim": text, "student": weak, "differences": differences, "mean": mean, "low": low,
-                           "high": high, "verdict": verdict(values, margin)})
-
-        def nearer(text, matrix, sign=1):
-            for own in (False, True):
-                claim(f"{text} {'its teacher' if own else 'strong models that did not teach it'}",
-                      lambda seed: sign * (similarity(matrix, taught, taught, seed, own)
-                                           - similarity(matrix, weak, taught, seed, own)))
-
-        metric = "out-of-distribution accuracy" if task == "mnist" else "A-accuracy"
-        claim(f"the stronger bias generalises better: {metric}, {strong} - {weak}",
-              lambda seed: score(strong, seed, accuracy) - score(weak, seed, accuracy))
-        claim(f"its teaching improves the student: {metric}, {taught} - {weak}",
-              lambda seed: score(taught, seed, accuracy) - score(weak, seed, accuracy))
-        claim(f"more than self-distillation does: {metric}, {taught} - {self_taught}",
-              lambda seed: score(taught, seed, accuracy) - score(self_taught, seed, accuracy))
-        claim(f"and the student's calibration: ECE, {weak} - {taught}",
-              lambda seed: score(weak, seed, "ece") - score(taught, seed, "ece"))
-        nearer("errors become more like those of", behaviours["error consistency"])
-        nearer("representations (CKA) become more like those of", paths.final["CKA"])
-        nearer("representations (RSA) become more like those of", paths.final["RSA"])
-        nearer("the training path comes nearer to that of", paths.distance, sign=-1)
-        claim(f"self-distillation changes little: CKA to other plain models, {self_taught} - {weak}, within ±{MARGIN}",
-              lambda seed: (similarity(paths.final["CKA"], self_taught, self_taught, seed, False)
-                            - similarity(paths.final["CKA"], weak, self_taught, seed, False)), MARGIN)
-        claim(f"a stronger bias means less variance: divergence of predictions between seeds, {weak} - {strong}",
-              lambda seed: (spread_within(group, behaviours["divergence"], weak, seed)
-                            - spread_within(group, behaviours["divergence"], strong, seed)))
-        claim(f"and of representations: 1 - CKA between seeds, {weak} - {strong}",
-              lambda seed: (spread_within(group, paths.final["CKA"], strong, seed)
-                            - spread_within(group, paths.final["CKA"], weak, seed)))
-        claim("a strong teacher moves the student out of its basin, itself doesn't: barrier (training loss) from the "
-              f"plain twin, {taught} - {self_taught}",
-              lambda seed: (heights[f"{weak}/seed{seed}", f"{taught}/seed{seed}"]
-                            - heights[f"{weak}/seed{seed}", f"{self_taught}/seed{seed}"]))
-    return claims
-
-
-def claims_text(claims):
-    lines = []
-    for entry in claims:
-        n = len(entry["differences"])
-        interval = "-" if n < 2 else f"{entry['low']:+.3f} .. {entry['high']:+.3f}"
-        lines.append([entry["student"], entry["claim"], f"{entry['mean']:+.3f}" if n else "-", interval, str(n),
-                      entry["verdict"]])
-    return markdown("**(h) Claims**: differences paired by seed, positive where the claim holds, with the 95 % "
-                    "t-interval over n seeds (on one data set, and seeds share models, so it is a little too narrow). "
-                    "Look at the verdicts.",
-                    ["student", "claim", "difference", "95 % interval", "n", "verdict"], lines)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
+# Told apart in grey by line and marker too.
+STYLES = {"plain": {"color": "#1b6ca8", "linestyle": "-", "marker": "o"},
+          "self": {"color": "#8c8c8c", "linestyle": "--", "marker": "s"},
+          "taught": {"color": "#d1495b", "linestyle": "-.", "marker": "^"},
+          "strong": {"color": "#222222", "linestyle": ":", "marker": "D"}}
 
 
 def import_pyplot():
-    """matplotlib.pyplot, UserError where it isn't installed."""
+    """matplotlib.pyplot; UserError where it isn't installed."""
     try:
         import matplotlib
     except ImportError:
-        raise common.UserError("--plots needs matplotlib: pip install matplotlib, or leave --plots out") from None
+        raise common.UserError("--plots needs matplotlib: pip install matplotlib, "
+                               "or leave --plots out") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                     "figure.constrained_layout.use": True, "savefig.dpi": 150}
+    plt.rcParams |= {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False,
+                     "legend.frameon": False, "figure.constrained_layout.use": True,
+                     "savefig.dpi": 150, "lines.markersize": 3, "lines.linewidth": 1}
     return plt
 
 
-# Told apart in grey by the line and the marker too.
-STYLES = {"plain": ("#1b6ca8", "-", "o"), "self": ("#8c8c8c", "--", "s"), "taught": ("#d1495b", "-.", "^"),
-          "strong": ("#222222", ":", "D")}
+def roles_of(group, weak):
+    """{role: [runs]} of what a figure about the student `weak` shows."""
+    strong, kinds = STRONGER[weak], group.kinds()
+    names = {"plain": weak, "self": f"{weak}-to-{weak}", "taught": f"{strong}-to-{weak}",
+             "strong": strong}
+    return {role: kinds[name] for role, name in names.items() if name in kinds}
 
 
-def cast(group, weak):
-    """{role: run name} of the four kinds of run that a figure about the student `weak` shows."""
-    strong = STRONGER[weak]
-    cast = {"plain": weak, "self": f"{weak}-to-{weak}", "taught": f"{strong}-to-{weak}", "strong": strong}
-    names = {run.name for run in group.runs}
-    return {role: name for role, name in cast.items() if name in names}
+def panels(plt, titles, width):
+    """(figure, axes): one panel for each title, side by side."""
+    size = (max(3.6, width * len(titles) + 0.6), 2.9)
+    figure, axes = plt.subplots(1, len(titles), figsize=size, squeeze=False)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title)
+    return figure, axes[0]
 
 
 def with_legend(figure):
     """One legend above all panels, where it hides no curve."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2 if len(labels) > 3 else 3, fontsize=7)
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7)
     return figure
 
 
 def plot_reliability(plt, group, weak):
-    """Accuracy over confidence, 15 bins over all seeds; bins of fewer than 20 examples are left out."""
+    """Accuracy over confidence in 15 bins over all seeds; bins of under 20 examples left out."""
     tests = TESTS[group.task]
-    width = max(4.8, 2.4 * len(tests) + 0.6)
-    figure, axes = plt.subplots(1, len(tests), figsize=(width, 2.9), squeeze=False, sharey=True)
-    for axis, test in zip(axes[0], tests):
-        axis.plot([0, 1], [0, 1], color="#cccccc", linewidth=1)
-        for role, name in cast(group, weak).items():
-            colour, line, marker = STYLES[role]
-            runs = group.kinds()[name]
-            probabilities = torch.cat([run.outputs[f"{test}_logits"].double().softmax(dim=1) for run in runs])
-            confidence, prediction = probabilities.max(dim=1)
-            correct = (prediction == torch.cat([run.outputs[f"{test}_labels"] for run in runs])).double()
-            bins = (confidence * 15).ceil().long().clamp(1, 15)
-            points = [(confidence[bins == b].mean(), correct[bins == b].mean()) for b in range(1, 16)
-                      if (bins == b).sum() >= 20]
+    figure, axes = panels(plt, tests, 2.4)
+    for axis, test in zip(axes, tests):
+        axis.plot([0, 1], [0, 1], color="#cccccc")
+        for role, runs in roles_of(group, weak).items():
+            confidence = torch.cat([run.answers[test][0].amax(dim=1) for run in runs])
+            correct = torch.cat([run.answers[test][1] == group.labels[test] for run in runs])
+            bins = (confidence * 15).ceil().clamp(1, 15)
+            points = [(confidence[bins == b].mean(), correct[bins == b].float().mean())
+                      for b in range(1, 16) if (bins == b).sum() >= 20]
             if points:
-                axis.plot(*zip(*points), color=colour, linestyle=line, marker=marker, markersize=3, linewidth=1,
-                          label=name, clip_on=False)
-        axis.set(title=test, xlabel="confidence", xlim=(0 if group.task == "mnist" else 0.5, 1), ylim=(0, 1))
-    axes[0][0].set_ylabel("accuracy")
+                axis.plot(*zip(*points), **STYLES[role], label=runs[0].name, clip_on=False)
+        axis.set(xlabel="confidence", xlim=(0 if group.task == "mnist" else 0.5, 1), ylim=(0, 1))
+    axes[0].set_ylabel("accuracy")
     return with_legend(figure)
 
 
-def plot_paths(plt, group, weak, paths):
-    """Training paths of all seeds in two dimensions, classical MDS of 1 - RSA."""
-    roles = cast(group, weak)
-    chosen = [i for i, place in enumerate(paths.run_of) if group.runs[place].name in roles.values()]
-    if len(chosen) < 3:
-        return None
-    points = classical_mds(paths.snapshots[chosen][:, chosen])
-    figure, axis = plt.subplots(figsize=(4.2, 3.4))
-    for role, name in roles.items():
-        colour, line, marker = STYLES[role]
-        for number, run in enumerate(group.kinds()[name]):
-            own = [row for row, i in enumerate(chosen) if group.runs[paths.run_of[i]] is run]
-            axis.plot(points[own, 0], points[own, 1], color=colour, linestyle=line, linewidth=0.9, marker=marker,
-                      markersize=2, label=name if number == 0 else None)
-            axis.plot(*points[own[-1]], color=colour, marker=marker, markersize=7, markeredgecolor="white",
-                      markeredgewidth=0.5)
-    axis.set(xlabel="first dimension of 1 - RSA", ylabel="second dimension (large markers: end of training)")
+def plot_paths(plt, group, weak):
+    """Training paths in two dimensions, classical MDS of 1 - RSA; large markers: end of training."""
+    steps = [(role, run, epoch) for role, runs in roles_of(group, weak).items()
+             for run in runs[:4] for epoch in run.path]
+    distances = torch.zeros(len(steps), len(steps))
+    for (i, a), (j, b) in itertools.combinations(enumerate(steps), 2):
+        distances[i, j] = distances[j, i] = 1 - common.rsa(a[1].path[a[2]], b[1].path[b[2]])
+    points = classical_mds(distances)
+    figure, (axis,) = panels(plt, [""], 4)
+    for role, runs in roles_of(group, weak).items():
+        for run in runs[:4]:
+            x, y = points[[i for i, step in enumerate(steps) if step[1] is run]].T
+            label = run.name if run is runs[0] else None
+            axis.plot(x, y, **STYLES[role], label=label)
+            axis.plot(x[-1], y[-1], **STYLES[role], markersize=7, markeredgecolor="white")
+    axis.set(xlabel="first dimension of 1 - RSA", ylabel="second dimension")
     axis.set_aspect("equal", adjustable="datalim")
     return with_legend(figure)
 
 
 def plot_barriers(plt, group, weak, barriers):
     """Training loss and accuracy on the straight way between two runs, mean over pairs."""
-    kinds = [entry for entry in dict.fromkeys(e["pair"] for e in barriers) if entry.startswith(f"{weak}:")]
-    if not kinds:
-        return None
-    figure, axes = plt.subplots(1, 2, figsize=(6, 2.9))
-    styles = [*STYLES.values(), ("#2e8b57", "-", "v"), ("#b8860b", "--", "x")]
-    for what, (colour, line, marker) in zip(kinds, styles):
-        for axis, measure in zip(axes, ("train_loss", "train_accuracy")):
-            mean = torch.tensor([entry[measure] for entry in barriers if entry["pair"] == what]).mean(dim=0)
-            axis.plot(torch.linspace(0, 1, len(mean)), mean, color=colour, linestyle=line, marker=marker, markevery=4,
-                      markersize=3, linewidth=1, label=what.removeprefix(f"{weak}: "))
-    axes[0].set(xlabel="way from one run to the other", ylabel="training loss (nats)")
-    axes[1].set(xlabel="way from one run to the other", ylabel="training accuracy")
+    labels = {"self": f"{weak}-to-{weak}", "taught": f"{STRONGER[weak]}-to-{weak}",
+              "plain": f"{weak}, two seeds"}
+    figure, axes = panels(plt, ["training loss (nats)", "training accuracy"], 2.8)
+    for axis, name in zip(axes, ("train_loss", "train_accuracy")):
+        for role, label in labels.items():
+            curves = [entry[name] for entry in barriers if entry["pair"] == label]
+            if curves:
+                mean = torch.tensor(curves).mean(dim=0)
+                axis.plot(torch.linspace(0, 1, len(mean)), mean, **STYLES[role], label=label,
+                          markevery=4)
+        axis.set_xlabel("way from one run to the other")
     return with_legend(figure)
 
 
 def plot_attractors(plt, group):
-    """Accuracy over the number of attractors, mean and standard deviation over seeds, a panel for each student."""
-    weak_ones = [weak for weak in STRONGER if weak in cast(group, weak).values()]
-    figure, axes = plt.subplots(1, len(weak_ones), figsize=(2.2 * len(weak_ones) + 0.6, 2.8), squeeze=False,
-                                sharey=True)
-    for axis, weak in zip(axes[0], weak_ones):
-        for role, name in cast(group, weak).items():
-            colour, line, marker = STYLES[role]
-            tests = [run.metrics["test"]["accuracy_by_attractors"] for run in group.kinds()[name]]
-            values = torch.tensor([[test.get(str(k), math.nan) for k in range(5)] for test in tests])
-            spread = values.std(dim=0) if len(values) > 1 else None
-            axis.errorbar(range(5), values.mean(dim=0), spread, color=colour, linestyle=line, marker=marker,
-                          markersize=3, linewidth=1, capsize=2, label=name)
-        axis.set(title=weak, xlabel="attractors", xticks=range(5), xticklabels=["0", "1", "2", "3", "4+"])
+    """Accuracy over attractors, mean and standard deviation over seeds, a panel per student."""
+    students = [weak for weak in STRONGER if "plain" in roles_of(group, weak)]
+    figure, axes = panels(plt, students, 2.2)
+    for axis, weak in zip(axes, students):
+        for role, runs in roles_of(group, weak).items():
+            values = torch.tensor([[run.record["metrics"]["test"]["accuracy_by_attractors"]
+                                    .get(str(k), math.nan) for k in range(5)] for run in runs])
+            spread = values.std(dim=0) if len(runs) > 1 else None
+            axis.errorbar(range(5), values.mean(dim=0), spread, **STYLES[role], capsize=2,
+                          label=runs[0].name)
+        axis.set(xlabel="attractors (4: and more)", ylim=(0, 1.02))
         axis.legend(fontsize=6)
-    axes[0][0].set_ylabel("accuracy")
+    axes[0].set_ylabel("accuracy")
     return figure
 
 
-def save_plots(group, paths, barriers, folder, stem):
-    """Write the group's figures to `folder`; -> their paths."""
+def save_plots(group, barriers, folder):
+    """Write the group's figures to `folder`; return how many."""
     plt = import_pyplot()
-    folder.mkdir(parents=True, exist_ok=True)
     figures = {}
     for weak in STRONGER:
-        if weak in cast(group, weak).values():
-            figures |= {f"reliability-{weak}": plot_reliability(plt, group, weak),
-                        f"paths-{weak}": plot_paths(plt, group, weak, paths),
-                        f"barriers-{weak}": plot_barriers(plt, group, weak, barriers)}
-    if group.task == "sva" and any(name.startswith("reliability") for name in figures) \
-            and group.runs[0].metrics["test"]["accuracy_by_attractors"]:
+        if "plain" in roles_of(group, weak):
+            figures[f"reliability-{weak}"] = plot_reliability(plt, group, weak)
+            figures[f"paths-{weak}"] = plot_paths(plt, group, weak)
+            if any(entry["pair"].startswith(weak) for entry in barriers):
+                figures[f"barriers-{weak}"] = plot_barriers(plt, group, weak, barriers)
+    if group.task == "sva" and figures:
         figures["attractors"] = plot_attractors(plt, group)
-    written = []
+    stem = next(iter(group.runs.values())).folder.parts[-3]
     for name, figure in figures.items():
-        if figure is not None:
-            written.append(folder / f"{stem}-{name}.png")
-            figure.savefig(written[-1])
-            plt.close(figure)
-    return written
+        figure.savefig(folder / f"{stem}-{name}.png")
+        plt.close(figure)
+    return len(figures)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def analyze_group(group, args, problems):
-    """Print the group's tables; -> what --json keeps of it."""
-    start = time.perf_counter()
-    print(f"\n## {group.title}\n", flush=True)
-    tests = OUT_OF_DISTRIBUTION[group.task]
-    per_test = [behaviour(torch.stack([run.outputs[f"{test}_logits"].float() for run in group.runs]),
-                          group.runs[0].outputs[f"{test}_labels"]) for test in tests]
-    behaviours = {name: torch.stack([matrices[name] for matrices in per_test]).mean(dim=0) for name in per_test[0]}
-    paths = training_paths(group.runs)
-    tables = {"a" if group.task == "mnist" else "b": accuracy_table(group),
-              "c": compared_with_references(group, behaviours, "**(c) Per-sample behaviour**"
-                                            + " on scaled and translated digits" * (group.task == "mnist")
-                                            + ": share of equal answers, error consistency (Cohen's kappa of right and "
-                                            "wrong), Jensen-Shannon divergence (bits). Look whether a taught student "
-                                            "errs like strong models that did not teach it."),
-              "d": similarity_table(group, paths), "e": path_table(group, paths)}
-    for table in tables.values():
-        print(table.text(), flush=True)
-    barriers = measure_barriers(group, args.data_dir, common.choose_device(), problems)
-    for key, table in (("f", barrier_table(group, barriers)), ("g", cost_table(group))):
-        if table.rows:
-            tables[key] = table
-            print(table.text(), flush=True)
-    claims = test_claims(group, behaviours, paths, barriers)
-    print(claims_text(claims))
-    if args.plots:
-        stem = "-".join(group.runs[0].folder.parts[-3:-2])
-        written = save_plots(group, paths, barriers, args.plots, stem)
-        print(f"{len(written)} figures written to {args.plots}\n")
-    return {"title": group.title, "seconds": time.perf_counter() - start, "claims": claims, "barriers": barriers,
-            "tables": {key: {"caption": table.caption, "rows": table.rows} for key, table in tables.items()},
-            "runs": [{"name": run.name, "seed": run.seed, "config": run.config, "metrics": run.metrics,
-                      "timing": run.timing, "environment": run.record.get("environment")}
-                     for run in group.runs]}
+# ---- Command line --------------------------------------------------------------------------------
 
 
 def parse_arguments(argv):
-    description, commands = __doc__.split("\n\n")[:2]
-    parser = common.OneLineParser(description=description, epilog=f"examples:\n{commands}", allow_abbrev=False,
-                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="folder with the runs; every run below it is taken")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write figures there (needs matplotlib)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"),
-                        help="where the training scripts had their data, for the barriers (default: %(default)s)")
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    add("runs", type=Path, help="folder with the runs; every run below it is taken")
+    add("--json", type=Path, metavar="FILE", help="write all numbers there")
+    add("--plots", type=Path, metavar="DIR", help="write figures there (needs matplotlib)")
+    add("--data-dir", type=Path, default=Path("data"),
+        help="where the training scripts had their data, for the barriers (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse_arguments(argv)
+    device = common.choose_device(args.device)
     if not args.runs.is_dir():
-        raise common.UserError(f"{args.runs}: no such folder; give the one the training scripts wrote to (--out)")
-    if args.json and args.json.is_dir():
-        raise common.UserError(f"--json {args.json} is a folder; give a file in it")
+        raise common.UserError(f"{args.runs}: no such folder; give the training scripts' --out")
+    if args.json:
+        common.make_folder(args.json.parent, "--json")
     if args.plots:
         import_pyplot()
-    for flag, folder in (("--json", args.json and args.json.parent), ("--plots", args.plots)):
-        if folder is not None:
-            common.check_writable(folder, flag)
-    problems = []
-    results = [analyze_group(group, args, problems) for group in load_groups(args.runs, problems)]
+        common.make_folder(args.plots, "--plots")
+    problems, results = [], []
+    for group in load_groups(args.runs, problems):
+        barriers = measure_barriers(group, args.data_dir, device, problems)
+        claims = test_claims(group, barriers)
+        print(f"\n## {group.title}\n\n{answer(group, claims)}\n", flush=True)
+        tables = print_tables(group, barriers)
+        print_claims(claims)
+        if args.plots:
+            print(f"{save_plots(group, barriers, args.plots)} figures written to {args.plots}\n")
+        runs = [{"name": run.name, "seed": run.seed, "config": run.config,
+                 "metrics": run.record["metrics"], "timing": run.record.get("timing"),
+                 "environment": run.record.get("environment")} for run in group.runs.values()]
+        results.append({"title": group.title, "claims": claims, "tables": tables,
+                        "barriers": barriers, "runs": runs})
     if not results:
-        problems.append(f"{args.runs} has no finished run: train some, for example with ./run_all.sh --quick")
+        problems.append(f"{args.runs} has no finished run: try ./run_all.sh --quick")
     if problems:
         print("\n## What is missing\n\n" + "\n".join(f"- {problem}" for problem in problems))
     if args.json:
-        numbers = common.json_bytes({"groups": results, "missing": problems}, digits=5)
-        common.write_files(args.json.parent, {args.json.name: numbers})
+        common.write_json(args.json, {"groups": results, "missing": problems},
+                          parse_float=lambda text: round(float(text), 5))
         print(f"numbers written to {args.json}")
 
 

@@ -1,108 +1,109 @@
 #!/usr/bin/env bash
-# Every run of the grid, then the analysis. Finished runs are not repeated: what was stopped goes on where it was.
+# Every run of the grid, then the analysis. Finished runs are not repeated: start it again to go on.
 #
-#   ./run_all.sh                    everything: real data where they are to be had, 4 seeds, hours on a laptop
-#   ./run_all.sh --quick            the same questions with little synthetic data and 3 seeds, minutes on two cores
-#   ./run_all.sh --list [teachers | students]      print the commands, one a line; students need all the teachers
-#   SEEDS=10 JOBS=4 OUT=/shared/runs ./run_all.sh  more seeds, four runs at a time (2 without), another folder
+#   ./run_all.sh                 everything: real data where they can be had, 4 seeds, hours
+#   ./run_all.sh --quick         the same questions with little synthetic data, 3 seeds, minutes
+#   ./run_all.sh --list [teachers | students]      print the commands; students need all teachers
+#   SEEDS=10 JOBS=4 OUT=/shared/runs DATA=/shared/data ./run_all.sh
 #   FLAGS="--device cuda:1" ./run_all.sh           flags for every run
 #
-# Seeds are 0 .. SEEDS-1. The plain runs are the teachers: seed 1 teaches seed 0, seed 2 seed 1 and so on; the last seed
-# is taught by the one before it, which makes two students of one teacher.
+# Plain runs have the seeds 0 .. SEEDS, taught ones 0 .. SEEDS-1: the plain run of seed 1 teaches
+# seed 0, and so on. A grid grows by raising SEEDS.
 set -u
 cd "$(dirname "$0")" || exit 2
 fail() { echo "run_all.sh: error: $1" >&2; exit 2; }
 
-quick='' list=''
+quick='' list='' stages='teachers students'
 while [ $# -gt 0 ]; do
   case $1 in
     --quick) quick=yes ;;
-    --list) list='teachers students'; case ${2:-} in teachers | students) list=$2; shift ;; esac ;;
+    --list) list=yes; case ${2:-} in teachers | students) stages=$2; shift ;; esac ;;
     *) fail "unknown argument $1; known are --quick and --list [teachers | students]" ;;
   esac
   shift
 done
-SEEDS=${SEEDS:-$([ $quick ] && echo 3 || echo 4)} JOBS=${JOBS:-2} OUT=${OUT:-runs${quick:+-quick}}
+SEEDS=${SEEDS:-$([ $quick ] && echo 3 || echo 4)} JOBS=${JOBS:-2}
+OUT=${OUT:-runs${quick:+-quick}} DATA=${DATA:-data} PYTHON=${PYTHON:-python}
 for number in "$SEEDS" "$JOBS"; do
-  case $number in
-    '' | *[!0-9]* | 0* | ?????*) fail "SEEDS and JOBS must be whole numbers in 1..9999, not $number" ;;
-  esac
+  [[ $number =~ ^[1-9][0-9]{0,3}$ ]] || fail "SEEDS and JOBS must be in 1..9999, not $number"
 done
-PYTHON=${PYTHON:-python}
-"$PYTHON" -c 'import torch' 2>/dev/null || fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
+cores=$("$PYTHON" -c 'import os, torch; print(os.cpu_count())' 2>/dev/null) ||
+  fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
+threads=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
 
-mnist='train_mnist.py' sva='train_sva.py'
-if [ $quick ]; then
-  mnist="$mnist --data synthetic --examples 6000" sva="$sva --data synthetic --examples 6000"
-else  # Fetched here and once, not by each of JOBS runs; what can't be had is told once.
-  "$PYTHON" -c 'import train_mnist; train_mnist.load_mnist("data")' >&2 2>/dev/null ||
-    { mnist="$mnist --data synthetic"; echo "run_all.sh: MNIST is not in data/ nor to be had: SYNTHETIC digits" >&2; }
-  [ "$(ls data/agr_50_mostcommon_10K.tsv{,.gz} data/numpred.train 2>/dev/null)" ] ||
-    { sva="$sva --data synthetic"; echo "run_all.sh: no real sentences in data/ (README, Data): SYNTHETIC ones" >&2; }
+# Real data are fetched here and once; damaged files end it all.
+source_of() { "$PYTHON" -c "import sys, common, $1; sys.argv[0] = '$1.py'
+common.run_main(lambda _: print($1.$2))" "$DATA"; }
+mnist=synthetic sva=synthetic size=' --examples 6000'
+if [ ! $quick ]; then
+  size=''
+  mnist=$(source_of train_mnist 'load_digits("auto", 60, sys.argv[1])[0]') || exit 2
+  sva=$(source_of train_sva 'check_data("auto", sys.argv[1])') || exit 2
 fi
 
-# runs STAGE FLAGS "MODELS" "TEACHER/STUDENT ..." -> the commands of that stage, one a line
+# runs FLAGS "MODEL ..." "TEACHER/STUDENT ..." -> the commands of $stage, one a line
 runs() {
-  local stage=$1 flags=$2 models=$3 pairs=$4 seed name last=$((SEEDS > 1 ? SEEDS - 1 : 1)) common
-  common="--out $(printf %q "$OUT")${FLAGS:+ $FLAGS}"
-  for seed in $(seq 0 $last); do
+  local prefix suffix name seed
+  prefix="OMP_NUM_THREADS=$threads $(printf %q "$PYTHON") $1"
+  suffix="--out $(printf %q "$OUT")${FLAGS:+ $FLAGS}"
+  [[ $1 = *synthetic* ]] || suffix="--data-dir $(printf %q "$DATA") $suffix"
+  for seed in $(seq 0 "$SEEDS"); do
     if [ "$stage" = teachers ]; then
-      for name in $models; do echo "$PYTHON $flags --student $name --seed $seed $common"; done
+      for name in $2; do echo "$prefix --student $name --seed $seed $suffix"; done
     elif [ "$seed" -lt "$SEEDS" ]; then
-      for name in $pairs; do
-        echo "$PYTHON $flags --teacher ${name%/*} --student ${name#*/} --kd --seed $seed" \
-             "--teacher-seed $((seed < last ? seed + 1 : seed - 1)) $common"
+      for name in $3; do
+        echo "$prefix --teacher ${name%/*} --student ${name#*/} --kd --seed $seed $suffix"
       done
     fi
   done
 }
 commands() {
-  local seq=transformer-seq lm="$sva --objective lm" four='lstm transformer transformer-seq ut-seq' teacher
-  runs "$1" "$mnist" 'mlp cnn' "$(echo {mlp,cnn}/{mlp,cnn})"
+  local stage=$1 seq=transformer-seq four='lstm transformer transformer-seq ut-seq' teacher
+  local classify="train_sva.py --data $sva$size" lm="train_sva.py --data $sva$size --objective lm"
+  runs "train_mnist.py --data $mnist$size" 'mlp cnn' "$(echo {mlp,cnn}/{mlp,cnn})"
   if [ $quick ]; then
-    runs "$1" "$sva" "lstm $seq" "$(echo {lstm,$seq}/{lstm,$seq})"
-    runs "$1" "$lm --epochs 6" "lstm $seq" "lstm/$seq $seq/$seq"
+    runs "$classify" "lstm $seq" "$(echo {lstm,$seq}/{lstm,$seq})"
+    runs "$lm --epochs 6" "lstm $seq" "lstm/$seq $seq/$seq"
   else
-    runs "$1" "$sva" "$four" "$(for teacher in $four; do echo $teacher/{lstm,transformer,$seq,ut-seq}; done)"
-    runs "$1" "$lm" "lstm $seq lstm-small $seq-small" \
-         "$(echo {lstm,$seq}/{lstm,$seq} {lstm,$seq}-small/{lstm,$seq}-small) lstm-small/$seq"
+    runs "$classify" "$four" \
+         "$(for teacher in $four; do echo $teacher/{lstm,transformer,$seq,ut-seq}; done)"
+    runs "$lm" "lstm $seq ut-seq lstm-small $seq-small" \
+         "$(echo {lstm,$seq}/{lstm,$seq} {lstm,ut-seq}/ut-seq lstm-small/$seq \
+                 {lstm,$seq}-small/{lstm,$seq}-small)"
   fi
 }
-if [ "$list" ]; then
-  for stage in $list; do
-    [ "$list" = "$stage" ] || echo "# $stage"
+if [ $list ]; then
+  for stage in $stages; do
+    [ "$stages" = "$stage" ] || echo "# $stage"
     commands "$stage"
   done
   exit
 fi
 
-mkdir -p "$OUT" 2>/dev/null && [ -w "$OUT" ] || fail "can't write to $OUT; choose another folder with OUT"
-cores=$("$PYTHON" -c 'import os; print(os.cpu_count())')
-[ "$JOBS" -gt 1 ] && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
-total=$({ commands teachers; commands students; } | wc -l | tr -d ' ') begin=$(date +%s)
-log=$(mktemp)  # a line for each command that has ended
-trap 'rm -f "$log"' EXIT
+mkdir -p "$OUT" || fail "can't make $OUT; choose another folder with OUT"
 trap 'exit 130' INT TERM
-run_one() {
-  local start status=ok done left
+total=$({ commands teachers; commands students; } | wc -l | tr -d ' ') begin=$(date +%s)
+run_one() {  # PLACE COMMAND
+  local start now result=ok
   start=$(date +%s)
-  eval "$1 --quiet" || status=FAILED
-  echo "$status $1" >>"$log"
-  done=$(($(wc -l <"$log")))
-  left=$((($(date +%s) - begin) * (total - done) / done / 60))
-  echo "$done/$total  $status  $(($(date +%s) - start)) s, about $left min left  ${1#* }"
+  eval "$2 --quiet" || result=FAILED
+  now=$(date +%s)
+  echo "$1/$total $result in $((now - start)) s, about" \
+       "$(((now - begin) * (total - $1) / $1 / 60)) min left: ${2#*.py }"
+  [ $result = ok ]
 }
-export log total begin
+export total begin
 export -f run_one
-for stage in teachers students; do
-  commands $stage | tr '\n' '\0' | xargs -0 -n 1 -P "$JOBS" bash -c 'run_one "$1"' _
+status=0 place=0
+for stage in $stages; do
+  while read -r line; do
+    place=$((place + 1))
+    printf '%s\0%s\0' $place "$line"
+  done < <(commands "$stage") | xargs -0 -n 2 -P "$JOBS" bash -c 'run_one "$@"' _ || status=1
+  place=$(commands "$stage" | wc -l)
 done
-
+[ $status = 0 ] || echo "run_all.sh: some runs FAILED, see above; start it again to retry" >&2
 set -o pipefail
-status=0
-"$PYTHON" analyze.py "$OUT" --json "$OUT/analysis.json" | tee "$OUT/analysis.md" || status=1
-if grep '^FAILED' "$log" >&2; then
-  echo "run_all.sh: these failed (their messages are above); the same command tries them again" >&2
-  status=1
-fi
+"$PYTHON" analyze.py "$OUT" --data-dir "$DATA" --json "$OUT/analysis.json" |
+  tee "$OUT/analysis.md" || status=1
 exit $status
