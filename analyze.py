@@ -46,6 +46,11 @@ PAPER_MNIST = {
 }
 
 
+# The claims that make the answer; see claims_about.
+HEADLINES = ("teaching improves accuracy", "... more than self-distillation",
+             "teaching improves calibration (ECE)", "errors nearer to other strong models (kappa)")
+
+
 # ---- Statistics ----------------------------------------------------------------------------------
 
 
@@ -226,8 +231,8 @@ def load_groups(root, problems):
         title = {"mnist": "MNIST", "sva": "Subject-verb agreement"}[config["task"]]
         if config.get("objective") == "lm":
             title += ", language models"
-        group = Group(f"{title}, data: {config['data']}, {config['examples']:,} examples ({parent})",
-                      config["task"], config, runs, labels, {})
+        title += f", data: {config['data']}, {config['examples']:,} training examples"
+        group = Group(title, config["task"], config, runs, labels, {})
         note_gaps(group, parent, problems)
         yield group
 
@@ -270,6 +275,14 @@ def last(run):
     return run.path[max(run.path)]
 
 
+CAPTIONS = {
+    "agreement": "share of equal answers, out of distribution",
+    "kappa": "error consistency, out of distribution",
+    "divergence": "Jensen-Shannon divergence of predictions in bits, out of distribution",
+    "CKA": "of the representations of 1,000 test examples",
+    "RSA": "of the representations of 1,000 test examples",
+    "path distance": "mean of 1 - RSA over equal epochs",
+}
 COMPARISONS = {
     "agreement": mean_over_tests(lambda p, a, q, b, labels: (a == b).double().mean().item()),
     "kappa": mean_over_tests(lambda p, a, q, b, labels: common.error_consistency(a, b, labels)),
@@ -278,6 +291,12 @@ COMPARISONS = {
     "RSA": lambda group, a, b: common.rsa(last(a), last(b)),
     "path distance": path_distance,
 }
+
+
+# Whether more means more alike; and what may become more alike in a taught student.
+SIGNS = {"agreement": 1, "kappa": 1, "divergence": -1, "CKA": 1, "RSA": 1, "path distance": -1}
+BECOMES = {"kappa": "errors", "CKA": "representations", "RSA": "representations",
+           "path distance": "training path"}
 
 
 def compare(group, measure, run, others):
@@ -460,8 +479,6 @@ def claims_about(group, weak, barriers):
     """
     strong, claims = STRONGER[weak], {}
     heights = {tuple(entry["runs"]): barrier(entry["train_loss"]) for entry in barriers}
-    names = {"plain": weak, "strong": strong, "taught": f"{strong}-to-{weak}",
-             "self": f"{weak}-to-{weak}"}
 
     def add(claim, seed, value):
         if value is not None and math.isfinite(value):
@@ -472,14 +489,16 @@ def claims_about(group, weak, barriers):
                  for test in OUT_OF_DISTRIBUTION[group.task]]
         return statistics.fmean(a[measure] - b[measure] for a, b in tests)
 
-    def nearer(measure, run, twin, models):
-        near, far = (compare(group, measure, who, models) for who in (run, twin))
-        return None if near is None else near - far
+    def nearer(measure, run, models):
+        """How much nearer than its plain twin `run` is to `models`."""
+        twin = group.runs[run.config["student"], run.seed]
+        near, far = (compare(group, measure, one, models) for one in (run, twin))
+        return None if near is None else SIGNS[measure] * (near - far)
 
     accuracy = "accuracy" if group.task == "mnist" else "a_accuracy"
     for seed in sorted({seed for _, seed in group.runs}):
-        plain, strong_run, taught, self_taught = (group.runs.get((name, seed))
-                                                  for name in names.values())
+        names = weak, strong, f"{strong}-to-{weak}", f"{weak}-to-{weak}"
+        plain, strong_run, taught, self_taught = (group.runs.get((name, seed)) for name in names)
         if plain and strong_run:
             add("the stronger bias generalises better", seed, gain(accuracy, strong_run, plain))
         if plain and taught:
@@ -489,32 +508,28 @@ def claims_about(group, weak, barriers):
         if plain and taught:
             add("teaching improves calibration (ECE)", seed, gain("ece", plain, taught))
             models = references(group, taught)
-            for where, whose in (("other strong", f"of other {strong}s"), ("own teacher", "of its teacher")):
-                for label, measure, sign in (
-                        ("errors become those", "kappa", 1), ("representations become those", "CKA", 1),
-                        ("representations become those", "RSA", 1),
-                        ("training paths become those", "path distance", -1)):
-                    value = nearer(measure, taught, plain, models[where])
-                    add(f"{label} {whose} ({measure})", seed, value and sign * value)
+            for measure, what in BECOMES.items():
+                add(f"{what} nearer to other strong models ({measure})", seed,
+                    nearer(measure, taught, models["other strong"]))
+                add(f"{what} nearer to its teacher ({measure})", seed,
+                    nearer(measure, taught, models["own teacher"]))
         if plain and self_taught:
-            models = references(group, self_taught)["other plain"]
             add(f"self-distillation changes little (CKA within ±{MARGIN})", seed,
-                nearer("CKA", self_taught, plain, models))
-        twins = [heights.get((f"{weak}/seed{seed}", f"{names[role]}/seed{seed}"))
-                 for role in ("taught", "self")]
+                nearer("CKA", self_taught, references(group, self_taught)["other plain"]))
+        twins = [heights.get((f"{weak}/seed{seed}", f"{name}/seed{seed}")) for name in names[2:]]
         if None not in twins:
             add("a strong teacher moves the basin, itself doesn't", seed, twins[0] - twins[1])
 
-    seeds = [seed for (name, seed) in group.runs if name == weak and (strong, seed) in group.runs]
+    seeds = [seed for name, seed in group.runs if name == weak and (strong, seed) in group.runs]
     if len(seeds) > 2:
-        for label, measure, sign in (("predictions", "divergence", 1), ("representations", "CKA", -1)):
+        for measure, what in (("divergence", "predictions"), ("CKA", "representations")):
             spread = torch.zeros(len(seeds), len(seeds), dtype=torch.double)
             for (i, a), (j, b) in itertools.permutations(enumerate(seeds), 2):
-                values = [compare(group, measure, group.runs[kind, a], [group.runs[kind, b]])
-                          for kind in (weak, strong)]
-                spread[i, j] = sign * (values[0] - values[1])
+                likeness = [compare(group, measure, group.runs[kind, a], [group.runs[kind, b]])
+                            for kind in (strong, weak)]
+                spread[i, j] = SIGNS[measure] * (likeness[0] - likeness[1])
             for seed, value in zip(seeds, jackknife(spread).tolist()):
-                add(f"a stronger bias, less variance of {label}", seed, value)
+                add(f"a stronger bias, less variance of {what}", seed, value)
     return claims
 
 
@@ -533,26 +548,18 @@ def test_claims(group, barriers):
     return results
 
 
-def answer(group, claims):
-    """The answer in a few lines for each student that was taught by the stronger kind."""
-    lines = []
+def print_answer(claims):
+    """The answer in a few lines for each student: what teaching by the stronger kind changed."""
     for weak, strong in STRONGER.items():
-        found = {claim["claim"]: claim for claim in claims if claim["student"] == weak}
-        wanted = {"accuracy": "teaching improves accuracy",
-                  "more than self-distillation": "... more than self-distillation",
-                  "ECE lower by": "teaching improves calibration (ECE)",
-                  "kappa with other strong models": f"errors become those of other {strong}s (kappa)",
-                  "CKA with them": f"representations become those of other {strong}s (CKA)"}
-        parts = []
-        for label, text in wanted.items():
-            if text in found:
-                c = found[text]
-                interval = f" ({c['low']:.3f} to {c['high']:.3f})" if len(c["values"]) > 2 else ""
-                parts.append(f"  {label} {c['mean']:+.3f}{interval} {c['verdict']}")
-        if parts:
-            n = len(found["teaching improves accuracy"]["values"])
-            lines += [f"{weak} taught by {strong}, {n} seeds, against the untaught {weak}:", *parts]
-    return "\n".join(lines)
+        found = [c for c in claims if c["student"] == weak and c["claim"] in HEADLINES]
+        for claim in found:
+            if claim is found[0]:
+                print(f"{weak} taught by {strong}, {len(claim['values'])} seeds:")
+            interval = ""
+            if claim["verdict"] != "untested":
+                interval = f" ({claim['low']:+.3f} to {claim['high']:+.3f})"
+            print(f"- {claim['claim']}: {claim['mean']:+.3f}{interval} {claim['verdict']}")
+    print(flush=True)
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -596,12 +603,17 @@ def table_of_kinds(group, caption, columns, paper=None):
     return values
 
 
-def metric(test, name, group_of=None):
-    """A function of a run: a metric in its run.json, None where it has no such value."""
+def metric(test, name, number=None):
+    """A function of a run: a metric in its run.json; None where it has no such value."""
     def value(run):
         found = run.record["metrics"][test].get(name)
-        return (found or {}).get(group_of) if group_of else found
+        return found if number is None or found is None else found.get(number)
+
     return value
+
+
+def timing(name):
+    return lambda run: run.record.get("timing", {}).get(name)
 
 
 def print_tables(group, barriers):
@@ -610,78 +622,66 @@ def print_tables(group, barriers):
 
     def add(letter, caption, columns, paper=None):
         caption = f"**({letter}) {caption}"
-        tables[letter] = {"caption": caption, "rows": table_of_kinds(group, caption, columns, paper)}
+        tables[letter] = {"caption": caption,
+                          "rows": table_of_kinds(group, caption, columns, paper)}
 
     if group.task == "mnist":
-        columns = {f"{title}, {test}": (metric(test, name), 3)
-                   for title, name in (("accuracy", "accuracy"), ("ECE", "ece"))
-                   for test in TESTS["mnist"]}
-        add("a", "Accuracy and calibration**, mean ± standard deviation over n seeds. No model saw "
-            "scaled or translated\ndigits in training.", columns,
+        add("a", "Accuracy and calibration**, mean ± standard deviation over n seeds.\n"
+            "No model saw scaled or translated digits in training.",
+            {f"{prefix}{test}": (metric(test, name), 3)
+             for prefix, name in (("", "accuracy"), ("ECE, ", "ece")) for test in TESTS["mnist"]},
             PAPER_MNIST if group.config["data"] == "mnist" else None)
     else:
         names = {"accuracy": "accuracy", "A-accuracy": "a_accuracy", "D-accuracy": "d_accuracy"}
-        add("a", "Agreement**, mean ± standard deviation over n seeds. A-accuracy is the mean over "
-            "0, 1, 2, 3, 4+ attractors,\nD-accuracy that over distances.",
+        add("a", "Agreement**, mean ± standard deviation over n seeds.\n"
+            "A-accuracy is the mean over 0, 1, 2, 3, 4+ attractors, D-accuracy that over distances.",
             {title: (metric("test", name), 3) for title, name in names.items()})
-        add("b", "Accuracy by attractors**: they are rare in training.",
+        add("b", "Accuracy by attractors**, which are rare in training.",
             {f"{k}{'+' if k == 4 else ''} attr.":
              (metric("test", "accuracy_by_attractors", str(k)), 3) for k in range(5)})
         add("c", "Calibration and fit**: NLL of the answer in nats, perplexity per word.",
             {"ECE": (metric("test", "ece"), 3), "NLL": (metric("test", "nll"), 3),
              "perplexity": (metric("test", "perplexity"), 2)})
 
-    captions = {
-        "agreement": "share of equal answers (out of distribution)",
-        "kappa": "error consistency, Cohen's kappa of right and wrong (out of distribution)",
-        "divergence": "Jensen-Shannon divergence of predictions, bits (out of distribution)",
-        "CKA": "linear CKA of the representations of 1,000 test examples",
-        "RSA": "RSA of the representations of 1,000 test examples",
-        "path distance": "distance of training paths, mean of 1 - RSA over equal epochs",
-    }
-    for place, (measure, caption) in enumerate(captions.items(), 1):
-        def value(run, where, measure=measure):
-            return compare(group, measure, run, references(group, run)[where])
-        add(f"d{place}", f"Comparison with plain models: {measure}**, {caption}.",
-            {where: (lambda run, where=where: value(run, where), 3)
-             for where in ("own teacher", "other strong", "other plain")})
-    steps = {run.folder: [1 - common.rsa(run.path[a], run.path[b])
-                          for a, b in zip(run.path, list(run.path)[1:])]
-             for run in group.runs.values()}
+    for place, (measure, caption) in enumerate(CAPTIONS.items(), 1):
+        add(f"d{place}", f"Likeness to plain models: {measure}**, {caption}.",
+            {which: (lambda run, measure=measure, which=which: compare(
+                group, measure, run, references(group, run)[which]), 3)
+             for which in ("own teacher", "other strong", "other plain")})
+    lengths = {run.folder: sum(1 - common.rsa(a, b) for a, b in itertools.pairwise(run.path.values()))
+               for run in group.runs.values()}
     add("e", "Training paths** in the space of 1 - RSA: length, and straightness (end to end over "
-        "length; it can\nexceed 1, as 1 - RSA is no metric).",
-        {"length": (lambda run: sum(steps[run.folder]), 3),
+        "length;\nit can exceed 1, as 1 - RSA is no metric).",
+        {"length": (lambda run: lengths[run.folder], 3),
          "straightness": (lambda run: (1 - common.rsa(run.path[0], last(run)))
-                          / (sum(steps[run.folder]) or math.nan), 3)})
+                          / (lengths[run.folder] or math.nan), 3)})
 
     if barriers:
         rows, values = [], {}
         for label in dict.fromkeys(entry["pair"] for entry in barriers):
             entries = [entry for entry in barriers if entry["pair"] == label]
-            values[label] = {f"{name}, {title}": [
-                barrier([sign * value for value in entry[f"{part}_{name}"]]) for entry in entries]
-                for name, sign in (("loss", 1), ("accuracy", -1))
-                for part, title in (("train", "training"), ("test", "test"))}
+            values[label] = {
+                f"{name}, {part}": [barrier([sign * value for value in entry[f"{part}_{name}"]])
+                                    for entry in entries]
+                for name, sign in (("loss", 1), ("accuracy", -1)) for part in ("train", "test")}
             rows.append([label, *map(mean_and_spread, values[label].values()), str(len(entries))])
-        caption = ("**(f) Basins**: barrier on the straight way from a taught run to its plain twin, "
+        caption = (f"**(f) Basins**: barrier on the straight way from a taught run to its plain twin, "
                    f"or between two seeds.\n{BARRIER_POINTS} points, {barrier_examples(group)} "
-                   "training and test examples each. Near 0: one basin.")
+                   "examples of training and test each. Near 0: one basin.")
         print_table(caption, ["pair", *values[label], "n"], rows)
         tables["f"] = {"caption": caption, "rows": values}
 
-    def timing(name):
-        return lambda run: run.record.get("timing", {}).get(name)
-
     def overhead(run):
         twin = group.runs.get((run.config["student"], run.seed))
-        if not run.config["kd"] or twin is None or None in map(timing("training"), (run, twin)):
+        if not run.config["kd"] or twin is None or not timing("training")(twin):
             return None
-        return (timing("training")(run) + (timing("teacher_logits")(run) or 0)) / timing("training")(twin)
+        seconds = timing("training")(run) + (timing("teacher_logits")(run) or 0)
+        return seconds / timing("training")(twin)
 
-    add("g", "Cost**. Overhead: a taught run's training and teacher outputs over its plain twin's "
-        "training; only fair where\nboth had the machine to the same extent.",
-        {"training, s": (timing("training"), 1), "examples per s": (timing("examples_per_second"), 0),
-         "overhead of KD": (overhead, 2)})
+    add("g", "Cost**. Overhead: a taught run's training and teacher's outputs over its plain twin's "
+        "training;\nonly fair where both had the machine to the same extent.",
+        {"training, s": (timing("training"), 1),
+         "examples per s": (timing("examples_per_second"), 0), "overhead of KD": (overhead, 2)})
     return tables
 
 
@@ -689,19 +689,22 @@ def print_claims(claims):
     """Table (h) for each student; claims that can't be tested yet are counted in one line."""
     tested = [claim for claim in claims if claim["verdict"] != "untested"]
     if tested:
-        print(f"**(h) Claims**: differences paired by seed, positive where the claim holds, with the "
-              f"95 % t-interval over n\nseeds. If no difference were real, about "
-              f"{0.05 * len(tested):.1f} of these {len(tested)} verdicts would be \"supported\" or "
-              "\"contradicted\" by chance.\n* survives Holm's correction over all of them. Seeds share "
-              "one data set, and neighbours a model.\n")
+        print("**(h) Claims**: differences paired by seed, positive where the claim holds, with the "
+              "95 % t-interval over n seeds.\n"
+              f"If nothing were real, about {0.05 * len(tested):.1f} of these {len(tested)} verdicts "
+              "would be \"supported\" or \"contradicted\" by chance.\n"
+              "*: survives Holm's correction over them. Seeds share one data set, and a teacher "
+              "is its neighbour's plain twin.\n")
     for weak in dict.fromkeys(claim["student"] for claim in tested):
-        rows = [[c["claim"], f"{c['mean']:+.3f}", f"{c['low']:+.3f} .. {c['high']:+.3f}",
-                 str(len(c["values"])), c["verdict"] + (" *" if c["holm"] else "")]
-                for c in tested if c["student"] == weak]
-        print_table(weak, ["claim", "difference", "95 % interval", "n", "verdict"], rows)
+        rows = [[claim["claim"], f"{claim['mean']:+.3f}",
+                 f"{claim['low']:+.3f} to {claim['high']:+.3f}", str(len(claim["values"])),
+                 claim["verdict"] + (" *" if claim["holm"] else "")]
+                for claim in tested if claim["student"] == weak]
+        print_table(f"{weak}, taught by {STRONGER[weak]}",
+                    ["claim", "difference", "95 % interval", "n", "verdict"], rows)
     if len(tested) < len(claims):
-        print(f"{len(claims) - len(tested)} claims have fewer than 3 seeds and are left out: "
-              "SEEDS=3 ./run_all.sh, or the training scripts with more --seed, make them testable.\n")
+        print(f"{len(claims) - len(tested)} claims have fewer than 3 seeds and are left out; "
+              "SEEDS=3 ./run_all.sh makes them testable.\n")
 
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -872,7 +875,8 @@ def main(argv=None):
     for group in load_groups(args.runs, problems):
         barriers = measure_barriers(group, args.data_dir, device, problems)
         claims = test_claims(group, barriers)
-        print(f"\n## {group.title}\n\n{answer(group, claims)}\n", flush=True)
+        print(f"\n## {group.title}\n")
+        print_answer(claims)
         tables = print_tables(group, barriers)
         print_claims(claims)
         if args.plots:
