@@ -69,7 +69,8 @@ def assert_refused(capfd, script, arguments, expected):
 
 
 def test_kd_loss_is_the_formula():
-    student, teacher, labels = random_logits(4, 3), random_logits(4, 3, seed=1), [0, 2, 1, 1]
+    student, teacher = random_logits(4, 3).double(), random_logits(4, 3, seed=1).double()
+    labels = [0, 2, 1, 1]
     temperature, alpha, total = 3.0, 0.7, 0.0
 
     def softmax(row, t):
