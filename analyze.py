@@ -32,7 +32,7 @@ TESTS = {"mnist": ("test", "scaled", "translated"), "sva": ("test",)}
 OUT_OF_DISTRIBUTION = {"mnist": ("scaled", "translated"), "sva": ("test",)}
 COMPARED_EXAMPLES = 10_000  # of each test, for comparisons of two models
 BARRIER_POINTS = 21
-# Training and test examples each: a 48th of the training set, at most these; a compromise with time.
+# Of training and test each, and at most a 48th of the training set; a compromise with time.
 BARRIER_EXAMPLES = {"mnist": 500, "sva": 250}
 MARGIN = 0.05  # a change of CKA below this counts as little
 
@@ -109,9 +109,9 @@ def holm(p_values, level=0.05):
 
     Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
-    survives, ranked = [False] * len(p_values), sorted(range(len(p_values)), key=p_values.__getitem__)
-    for rank, place in enumerate(ranked):
-        if p_values[place] > level / (len(p_values) - rank):
+    survives = [False] * len(p_values)
+    for rank, (p, place) in enumerate(sorted(zip(p_values, range(len(p_values))))):
+        if p > level / (len(p_values) - rank):
             break
         survives[place] = True
     return survives
@@ -198,14 +198,17 @@ def order_of_kind(name):
     return places[0], teacher != "", places[1], name
 
 
+DATA_FIELDS = ("task", "objective", "data", "examples", "bytes")  # equal within a group
+
+
 def load_groups(root, problems):
     """Yield one Group at a time, to spare memory; `problems` gets a line for what is left out."""
     folders = {}
     for folder in common.find_runs(root):
         try:
             config = common.load_run(folder)["config"]
-            key = [config.get(field) for field in ("task", "objective", "data", "examples", "bytes")]
-            folders.setdefault((str(folder.parent.parent), str(key)), []).append(folder)
+            data = [config.get(field) for field in DATA_FIELDS]
+            folders.setdefault((str(folder.parent.parent), str(data)), []).append(folder)
         except common.UserError as error:
             problems.append(f"left out: {error}")
     for (parent, _), members in sorted(folders.items()):
@@ -424,7 +427,7 @@ def barrier_pairs(group):
 
 
 def measure_barriers(group, data_dir, device, problems):
-    """[{"pair", "runs", "train_loss", "train_accuracy", "test_loss", "test_accuracy": 21 values}]"""
+    """[{"pair", "runs", and 21 values of "train_loss", "train_accuracy", "test_loss" ...}]"""
     pairs, results = barrier_pairs(group), []
     try:
         if pairs:
@@ -634,7 +637,7 @@ def print_tables(group, barriers):
     else:
         names = {"accuracy": "accuracy", "A-accuracy": "a_accuracy", "D-accuracy": "d_accuracy"}
         add("a", "Agreement**, mean ± standard deviation over n seeds.\n"
-            "A-accuracy is the mean over 0, 1, 2, 3, 4+ attractors, D-accuracy that over distances.",
+            "A-accuracy: mean over 0, 1, 2, 3, 4+ attractors; D-accuracy: over distances.",
             {title: (metric("test", name), 3) for title, name in names.items()})
         add("b", "Accuracy by attractors**, which are rare in training.",
             {f"{k}{'+' if k == 4 else ''} attr.":
@@ -648,13 +651,14 @@ def print_tables(group, barriers):
             {which: (lambda run, measure=measure, which=which: compare(
                 group, measure, run, references(group, run)[which]), 3)
              for which in ("own teacher", "other strong", "other plain")})
-    lengths = {run.folder: sum(1 - common.rsa(a, b) for a, b in itertools.pairwise(run.path.values()))
-               for run in group.runs.values()}
+
+    def length(run):
+        return sum(1 - common.rsa(a, b) for a, b in itertools.pairwise(run.path.values()))
+
     add("e", "Training paths** in the space of 1 - RSA: length, and straightness (end to end over "
         "length;\nit can exceed 1, as 1 - RSA is no metric).",
-        {"length": (lambda run: lengths[run.folder], 3),
-         "straightness": (lambda run: (1 - common.rsa(run.path[0], last(run)))
-                          / (lengths[run.folder] or math.nan), 3)})
+        {"length": (length, 3), "straightness": (
+            lambda run: (1 - common.rsa(run.path[0], last(run))) / (length(run) or math.nan), 3)})
 
     if barriers:
         rows, values = [], {}
@@ -665,9 +669,10 @@ def print_tables(group, barriers):
                                     for entry in entries]
                 for name, sign in (("loss", 1), ("accuracy", -1)) for part in ("train", "test")}
             rows.append([label, *map(mean_and_spread, values[label].values()), str(len(entries))])
-        caption = (f"**(f) Basins**: barrier on the straight way from a taught run to its plain twin, "
-                   f"or between two seeds.\n{BARRIER_POINTS} points, {barrier_examples(group)} "
-                   "examples of training and test each. Near 0: one basin.")
+        caption = ("**(f) Basins**: barrier on the straight way from a taught run to its plain "
+                   f"twin, or between two seeds.\n{BARRIER_POINTS} points, "
+                   f"{barrier_examples(group)} examples of training and test each. "
+                   "Near 0: one basin.")
         print_table(caption, ["pair", *values[label], "n"], rows)
         tables["f"] = {"caption": caption, "rows": values}
 
@@ -678,8 +683,8 @@ def print_tables(group, barriers):
         seconds = timing("training")(run) + (timing("teacher_logits")(run) or 0)
         return seconds / timing("training")(twin)
 
-    add("g", "Cost**. Overhead: a taught run's training and teacher's outputs over its plain twin's "
-        "training;\nonly fair where both had the machine to the same extent.",
+    add("g", "Cost**. Overhead: a taught run's training and teacher's outputs over its plain "
+        "twin's training;\nonly fair where both had the machine to the same extent.",
         {"training, s": (timing("training"), 1),
          "examples per s": (timing("examples_per_second"), 0), "overhead of KD": (overhead, 2)})
     return tables
@@ -689,10 +694,10 @@ def print_claims(claims):
     """Table (h) for each student; claims that can't be tested yet are counted in one line."""
     tested = [claim for claim in claims if claim["verdict"] != "untested"]
     if tested:
-        print("**(h) Claims**: differences paired by seed, positive where the claim holds, with the "
-              "95 % t-interval over n seeds.\n"
-              f"If nothing were real, about {0.05 * len(tested):.1f} of these {len(tested)} verdicts "
-              "would be \"supported\" or \"contradicted\" by chance.\n"
+        print("**(h) Claims**: differences paired by seed, positive where the claim holds, with "
+              "the 95 % t-interval over n seeds.\n"
+              f"If nothing were real, about {0.05 * len(tested):.1f} of these {len(tested)} "
+              "verdicts would be \"supported\" or \"contradicted\" by chance.\n"
               "*: survives Holm's correction over them. Seeds share one data set, and a teacher "
               "is its neighbour's plain twin.\n")
     for weak in dict.fromkeys(claim["student"] for claim in tested):
@@ -775,7 +780,7 @@ def plot_reliability(plt, group, weak):
 
 
 def plot_paths(plt, group, weak):
-    """Training paths in two dimensions, classical MDS of 1 - RSA; large markers: end of training."""
+    """Training paths in two dimensions, by classical MDS of 1 - RSA; large markers: the end."""
     steps = [(role, run, epoch) for role, runs in roles_of(group, weak).items()
              for run in runs[:4] for epoch in run.path]
     distances = torch.zeros(len(steps), len(steps))

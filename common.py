@@ -127,7 +127,7 @@ def rsa(representations_a, representations_b):
 
 
 def linear_cka(representations_a, representations_b):
-    """Linear centred kernel alignment: 1 for a rotated, rescaled or shifted copy, near 0 if unrelated.
+    """Linear centred kernel alignment: 1 for a rotated, rescaled, shifted copy; 0 if unrelated.
 
     Kornblith et al. 2019 (arXiv 1905.00414), eq. 3-5 with linear kernels, columns centred:
     |B'A|^2 / (|A'A| |B'B|), Frobenius norms. Both: (examples, features), widths may differ. Wants
@@ -226,8 +226,9 @@ def load_weights(model, directory):
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return model
     except Exception as error:  # pickle, zipfile, torch and the file system have their own words
-        raise UserError(f"{directory}/model.pt is missing, damaged or of another model "
-                        f"({type(error).__name__}); delete {directory} and train it again") from None
+        reason = type(error).__name__
+        raise UserError(f"{directory}/model.pt is missing, damaged or of another model ({reason}); "
+                        f"delete {directory} and train it again") from None
 
 
 def find_runs(root):
@@ -235,7 +236,7 @@ def find_runs(root):
     return sorted(path.parent for path in Path(root).glob("**/seed*/run.json"))
 
 
-def finished_run(directory, config, force=False, remedy="--force replaces it, or use another --out"):
+def finished_run(directory, config, force=False, remedy="use --force or another --out"):
     """The record of the finished run of this configuration; None where it is still to be made.
 
     UserError, naming the fields, where a run of another configuration is in its place. `force`
@@ -264,7 +265,7 @@ def seed_everything(seed):
 
 
 def choose_device(name="auto"):
-    """The torch device called `name`; "auto": an accelerator if there is one. UserError if absent."""
+    """The torch device `name`; "auto": an accelerator if there is one. UserError if absent."""
     if name == "auto":
         accelerated = torch.accelerator.is_available()
         return torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")

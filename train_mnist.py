@@ -178,7 +178,7 @@ def synthetic_digits(n, seed):
     images = torch.empty(n, 28, 28, dtype=torch.uint8)
     for part in torch.arange(n).split(2000):  # keeps the intermediate tensors small
         m = len(part)
-        # Where each pixel looks in its glyph: scaled, slanted, rotated, shifted by up to a pixel ...
+        # Where a pixel looks in its glyph: scaled, slanted, rotated, shifted by up to a pixel ...
         width, height, slant = uniform(1.0, 1.7, m), uniform(0.9, 1.15, m), uniform(-0.6, 0.3, m)
         angle, shift = uniform(-0.35, 0.35, m), uniform(-1 / 14, 1 / 14, 2, m)
         cos, sin = angle.cos(), angle.sin()
@@ -242,7 +242,7 @@ def make_data(digits, examples, device):
 
 @torch.no_grad()
 def evaluate(model, images, amp):
-    """Logits (n, 10) and penultimate representations (n, width) in eval mode, float32, on the CPU."""
+    """Logits (n, 10) and representations (n, width) in eval mode, float32, on the CPU."""
     model.eval()
     logits, representations = [], []
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):

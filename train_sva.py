@@ -282,8 +282,9 @@ class Grammar:
         return words + ["."], head, verb
 
 
-TRAIN_GRAMMAR = {"front": 0.3, "embed": 0.3, "modify": 0.7, "decay": 0.8, "alike": 0.85, "slip": 0.1}
-TEST_GRAMMAR = {"front": 0.4, "embed": 0.4, "modify": 0.9, "decay": 0.9, "alike": 0.5, "slip": 0.0}
+TRAIN_GRAMMAR = {"front": 0.3, "embed": 0.3, "modify": 0.7, "decay": 0.8, "alike": 0.85,
+                 "slip": 0.1}
+TEST_GRAMMAR = {"front": 0.4, "embed": 0.4, "modify": 0.9, "decay": 0.9, "alike": 0.5, "slip": 0}
 
 
 def synthetic_sentences(examples, seed=0):
@@ -326,7 +327,7 @@ HELP = "see Data in the README"
 
 
 def find_linzen(folder):
-    """The files of the layout that is in `folder` (the table, or numpred.*); [] if there is none."""
+    """The files of the layout in `folder` (the table, or numpred.*); [] if there is none."""
     tables = [folder / name for name in (TABLE, f"{TABLE}.gz") if (folder / name).is_file()]
     return tables[:1] or sorted(folder.glob("numpred.*"))
 
@@ -347,7 +348,7 @@ def read_lines(path):
 
 
 def read_before_verbs(path, attractors):
-    """numpred.*: a line is VBZ or VBP, a tab, the words before the verb, for which the tag stands."""
+    """numpred.*: a line is the verb's tag, VBZ or VBP, a tab, the words before the verb."""
     sentences = []
     for number, line in read_lines(path):
         tag, _, words = line.partition("\t")
@@ -388,26 +389,18 @@ def read_table(path):
 
 
 def read_linzen(files):
-    """{"train", "validation", "test": [Sentence]}; notes on what is missing go to stderr."""
-    if not files[0].name.startswith("numpred."):
+    """{"train", "validation", "test": [Sentence]} of the table or of numpred.*."""
+    folder = files[0].parent
+    if files[0].name.startswith(TABLE):
         return read_table(files[0])
-    found, folder = {path.name: path for path in files}, files[0].parent
-    tests = [f"numpred.test.{attractors}" for attractors in range(6)]
-    missing = [name for name in ("numpred.val", *tests) if name not in found]
-    if "numpred.train" not in found or len(missing) == 7 or set(tests) <= set(missing):
-        raise common.UserError(f"{folder} needs numpred.train and numpred.test.0 to .5; {HELP}")
-    if missing:
-        print(f"note: {folder} has no {', '.join(missing)}", file=sys.stderr)
-    train = read_before_verbs(found["numpred.train"], -1)
-    if "numpred.val" in found:
-        validation = read_before_verbs(found["numpred.val"], -1)
-    else:  # a twentieth of the training sentences validates instead
-        random.Random(0).shuffle(train)
-        held_out = max(1, len(train) // 20)
-        train, validation = train[held_out:], train[:held_out]
-    test = [sentence for name in tests if name in found
-            for sentence in read_before_verbs(found[name], int(name[-1]))]
-    return {"train": train, "validation": validation, "test": test}
+    tests = {f"numpred.test.{attractors}": attractors for attractors in range(6)}
+    names = {path.name for path in files}
+    if missing := [name for name in ("numpred.train", "numpred.val", *tests) if name not in names]:
+        raise common.UserError(f"{folder} has no {', '.join(missing)}; {HELP}")
+    test = [read_before_verbs(folder / name, attractors) for name, attractors in tests.items()]
+    return {"train": read_before_verbs(folder / "numpred.train", -1),
+            "validation": read_before_verbs(folder / "numpred.val", -1),
+            "test": list(itertools.chain(*test))}
 
 
 def counterpart(verb, plural, vocabulary):
@@ -459,7 +452,7 @@ def make_vocabulary(sentences):
 
 
 def encode(sentences, vocabulary, objective):
-    """(Split, sentences left out: too long, or for a language model without the verb's other form).
+    """(Split, how many were left out: too long, or, for a language model, no other form known).
 
     A classifier reads the words before the verb; a language model START, the whole sentence, END.
     """
