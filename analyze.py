@@ -141,7 +141,7 @@ def classical_mds(distances, dimensions=2):
 
 
 class Run(NamedTuple):
-    """One finished run. answers: {test: (probabilities, predictions)} of the compared examples.
+    """One finished run. answers: {test: probabilities (compared examples, classes)}.
     path: {epoch: representations of the probe examples}."""
 
     name: str
@@ -180,8 +180,7 @@ def read_run(folder):
         logits = outputs[f"{test}_logits"]
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(logits), generator=generator)[:COMPARED_EXAMPLES]
-        probabilities = logits[chosen].float().softmax(dim=1)
-        answers[test] = probabilities, probabilities.argmax(dim=1)
+        answers[test] = logits[chosen].float().softmax(dim=1)
         labels[test] = outputs[f"{test}_labels"][chosen]
         if not isinstance(record["metrics"][test]["accuracy"], float):
             raise ValueError(f"accuracy of {test}")
@@ -261,10 +260,10 @@ def note_gaps(group, parent, problems):
 # ---- Comparisons of two runs ---------------------------------------------------------------------
 
 
-def mean_over_tests(measure):
-    """measure(probabilities and predictions of a, of b, labels), mean over the OOD tests."""
+def over_tests(measure):
+    """The mean of measure(probabilities of a, of b, labels) over the out-of-distribution tests."""
     return lambda group, a, b: statistics.fmean(
-        measure(*a.answers[test], *b.answers[test], group.labels[test])
+        measure(a.answers[test], b.answers[test], group.labels[test])
         for test in OUT_OF_DISTRIBUTION[group.task])
 
 
@@ -278,44 +277,34 @@ def last(run):
     return run.path[max(run.path)]
 
 
-CAPTIONS = {
-    "agreement": "share of equal answers, out of distribution",
-    "kappa": "error consistency, out of distribution",
-    "divergence": "Jensen-Shannon divergence of predictions in bits, out of distribution",
-    "CKA": "of the representations of 1,000 test examples",
-    "RSA": "of the representations of 1,000 test examples",
-    "path distance": "mean of 1 - RSA over equal epochs",
-}
+# Name: (value for two runs of a group, +1 if more means more alike, what it is).
 COMPARISONS = {
-    "agreement": mean_over_tests(lambda p, a, q, b, labels: (a == b).double().mean().item()),
-    "kappa": mean_over_tests(lambda p, a, q, b, labels: common.error_consistency(a, b, labels)),
-    "divergence": mean_over_tests(lambda p, a, q, b, labels: common.js_divergence(p, q)),
-    "CKA": lambda group, a, b: common.linear_cka(last(a), last(b)),
-    "RSA": lambda group, a, b: common.rsa(last(a), last(b)),
-    "path distance": path_distance,
+    "agreement": (
+        over_tests(lambda p, q, labels: (p.argmax(1) == q.argmax(1)).double().mean().item()),
+        1, "share of equal answers, out of distribution"),
+    "kappa": (
+        over_tests(lambda p, q, labels: common.error_consistency(p.argmax(1), q.argmax(1), labels)),
+        1, "error consistency, out of distribution"),
+    "divergence": (
+        over_tests(lambda p, q, labels: common.js_divergence(p, q)),
+        -1, "Jensen-Shannon divergence of predictions in bits, out of distribution"),
+    "CKA": (lambda group, a, b: common.linear_cka(last(a), last(b)),
+            1, "of the representations of 1,000 test examples"),
+    "RSA": (lambda group, a, b: common.rsa(last(a), last(b)),
+            1, "of the representations of 1,000 test examples"),
+    "path distance": (path_distance, -1, "mean of 1 - RSA over equal epochs"),
 }
 
 
-# Whether more means more alike; and what may become more alike in a taught student.
-SIGNS = {"agreement": 1, "kappa": 1, "divergence": -1, "CKA": 1, "RSA": 1, "path distance": -1}
-BECOMES = {"kappa": "errors", "CKA": "representations", "RSA": "representations",
-           "path distance": "training path"}
-
-
-def compare(group, measure, run, others):
+def compare(group, name, run, others):
     """Mean of a comparison between `run` and each of `others`; None where there are none."""
     values = []
     for other in others:
-        key = measure, *sorted((run.folder, other.folder))
+        key = name, *sorted((run.folder, other.folder))
         if key not in group.known:
-            group.known[key] = COMPARISONS[measure](group, run, other)
+            group.known[key] = COMPARISONS[name][0](group, run, other)
         values.append(group.known[key])
     return statistics.fmean(values) if values else None
-
-
-def plain_runs(group, kind, but=()):
-    """The undistilled runs of `kind`, without the seeds `but`."""
-    return [run for (name, seed), run in group.runs.items() if name == kind and seed not in but]
 
 
 def references(group, run):
@@ -324,14 +313,15 @@ def references(group, run):
     Others are neither its own teacher nor a twin that started from the same weights.
     """
     student, teacher = run.config["student"], run.config.get("teacher")
-    strong, teacher_seed = STRONGER.get(student, student), run.config.get("teacher_seed")
+    teacher_seed = run.config.get("teacher_seed")
 
     def others(kind):
-        but = {run.seed} if kind == student else set()
-        return plain_runs(group, kind, but | ({teacher_seed} if kind == teacher else set()))
+        return [other for (name, seed), other in group.runs.items() if name == kind
+                and (name, seed) not in ((teacher, teacher_seed), (student, run.seed))]
 
     own = group.runs.get((teacher, teacher_seed)) if run.config["kd"] == "offline" else None
-    return {"own teacher": [own] if own else [], "other strong": others(strong),
+    return {"own teacher": [own] if own else [],
+            "other strong": others(STRONGER.get(student, student)),
             "other plain": others(student)}
 
 
@@ -496,7 +486,7 @@ def claims_about(group, weak, barriers):
         """How much nearer than its plain twin `run` is to `models`."""
         twin = group.runs[run.config["student"], run.seed]
         near, far = (compare(group, measure, one, models) for one in (run, twin))
-        return None if near is None else SIGNS[measure] * (near - far)
+        return None if near is None else COMPARISONS[measure][1] * (near - far)
 
     accuracy = "accuracy" if group.task == "mnist" else "a_accuracy"
     for seed in sorted({seed for _, seed in group.runs}):
@@ -511,7 +501,8 @@ def claims_about(group, weak, barriers):
         if plain and taught:
             add("teaching improves calibration (ECE)", seed, gain("ece", plain, taught))
             models = references(group, taught)
-            for measure, what in BECOMES.items():
+            for measure, what in (("kappa", "errors"), ("CKA", "representations"),
+                                  ("RSA", "representations"), ("path distance", "training path")):
                 add(f"{what} nearer to other strong models ({measure})", seed,
                     nearer(measure, taught, models["other strong"]))
                 add(f"{what} nearer to its teacher ({measure})", seed,
@@ -530,7 +521,7 @@ def claims_about(group, weak, barriers):
             for (i, a), (j, b) in itertools.permutations(enumerate(seeds), 2):
                 likeness = [compare(group, measure, group.runs[kind, a], [group.runs[kind, b]])
                             for kind in (strong, weak)]
-                spread[i, j] = SIGNS[measure] * (likeness[0] - likeness[1])
+                spread[i, j] = COMPARISONS[measure][1] * (likeness[0] - likeness[1])
             for seed, value in zip(seeds, jackknife(spread).tolist()):
                 add(f"a stronger bias, less variance of {what}", seed, value)
     return claims
@@ -646,10 +637,10 @@ def print_tables(group, barriers):
             {"ECE": (metric("test", "ece"), 3), "NLL": (metric("test", "nll"), 3),
              "perplexity": (metric("test", "perplexity"), 2)})
 
-    for place, (measure, caption) in enumerate(CAPTIONS.items(), 1):
-        add(f"d{place}", f"Likeness to plain models: {measure}**, {caption}.",
-            {which: (lambda run, measure=measure, which=which: compare(
-                group, measure, run, references(group, run)[which]), 3)
+    for place, (name, (_, _, caption)) in enumerate(COMPARISONS.items(), 1):
+        add(f"d{place}", f"Likeness to plain models: {name}**, {caption}.",
+            {which: (lambda run, name=name, which=which: compare(
+                group, name, run, references(group, run)[which]), 3)
              for which in ("own teacher", "other strong", "other plain")})
 
     def length(run):
@@ -767,8 +758,9 @@ def plot_reliability(plt, group, weak):
     for axis, test in zip(axes, tests):
         axis.plot([0, 1], [0, 1], color="#cccccc")
         for role, runs in roles_of(group, weak).items():
-            confidence = torch.cat([run.answers[test][0].amax(dim=1) for run in runs])
-            correct = torch.cat([run.answers[test][1] == group.labels[test] for run in runs])
+            answers = [run.answers[test].max(dim=1) for run in runs]
+            confidence = torch.cat([values for values, _ in answers])
+            correct = torch.cat([predicted == group.labels[test] for _, predicted in answers])
             bins = (confidence * 15).ceil().clamp(1, 15)
             points = [(confidence[bins == b].mean(), correct[bins == b].float().mean())
                       for b in range(1, 16) if (bins == b).sum() >= 20]

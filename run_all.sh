@@ -38,7 +38,7 @@ mnist=synthetic sva=synthetic size=' --examples 6000'
 if [ ! $quick ]; then
   size=''
   mnist=$(source_of train_mnist 'load_digits("auto", 60, sys.argv[1])[0]') || exit 2
-  sva=$(source_of train_sva 'check_data("auto", sys.argv[1])') || exit 2
+  sva=$(source_of train_sva 'check_data(sys.argv[1])') || exit 2
 fi
 
 # runs FLAGS "MODEL ..." "TEACHER/STUDENT ..." -> the commands of $stage, one a line

@@ -15,8 +15,12 @@ import gzip
 import itertools
 import math
 import random
+import shutil
+import socket
 import statistics
 import sys
+import tarfile
+import tempfile
 import time
 import zlib
 from array import array
@@ -322,14 +326,66 @@ def synthetic_sentences(examples, seed=0):
 # ---- Real sentences: Linzen, Dupoux & Goldberg 2016 (arXiv 1611.01368), in either layout ---------
 
 TABLE = "agr_50_mostcommon_10K.tsv"
+SOURCES = [  # where --data linzen fetches them, in this order: (address, file)
+    ("https://www.dropbox.com/s/5axdu3q9jkxzjy8/agr_50_mostcommon_10K.tsv.gz?dl=1", f"{TABLE}.gz"),
+    ("http://tallinzen.net/media/rnn_agreement/rnn_agr_simple.tar.gz", "rnn_agr_simple.tar.gz"),
+]
+TIMEOUT = 30  # seconds without an answer
+NUMPRED_TESTS = [f"numpred.test.{attractors}" for attractors in range(6)]
 COLUMNS = ("sentence", "verb_pos", "verb_index", "n_diff_intervening", "distance")
 HELP = "see Data in the README"
 
 
 def find_linzen(folder):
-    """The files of the layout in `folder` (the table, or numpred.*); [] if there is none."""
+    """The files of the layout in `folder`, [] if there is none; UserError if numpred.* has gaps."""
     tables = [folder / name for name in (TABLE, f"{TABLE}.gz") if (folder / name).is_file()]
-    return tables[:1] or sorted(folder.glob("numpred.*"))
+    files = [folder / name for name in ("numpred.train", "numpred.val", *NUMPRED_TESTS)]
+    missing = [path.name for path in files if not path.is_file()]
+    if tables or len(missing) == len(files):
+        return tables[:1]
+    if missing:
+        raise common.UserError(f"{folder} has no {', '.join(missing)}; {HELP}")
+    return files
+
+
+def fetch_linzen(folder):
+    """Download the sentences into `folder` from the first of SOURCES that gives them whole.
+
+    They are read to the end in a temporary folder and then renamed. UserError if no source works.
+    """
+    socket.setdefaulttimeout(TIMEOUT)
+    folder.mkdir(parents=True, exist_ok=True)
+    failures = []
+    for url, name in SOURCES:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
+            try:
+                path = Path(temporary) / name
+                print(f"fetching {url}", file=sys.stderr)
+                torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
+                if name.endswith(".tar.gz"):
+                    unpack_numpred(path)
+                files = find_linzen(path.parent)
+                if not files:
+                    raise ValueError("no sentences in it")
+                read_linzen(files)
+                # The training sentences last: without them nothing else is used.
+                for file in sorted(files, key=lambda file: file.name == "numpred.train"):
+                    file.rename(folder / file.name)
+                return
+            except Exception as error:  # of the network, gzip, tar, the file system, the reader
+                reason = str(error).replace(temporary, "").splitlines() or [type(error).__name__]
+                failures.append(f"{url}: {reason[0]}")
+    raise common.UserError(f"can't fetch the sentences ({'; '.join(failures)}); {HELP}")
+
+
+def unpack_numpred(archive):
+    """Unpack the files numpred.* beside `archive`, whatever folder they name, and nothing else."""
+    with tarfile.open(archive) as members:
+        for member in members:
+            name = Path(member.name).name
+            if member.isfile() and name.startswith("numpred."):
+                with open(archive.with_name(name), "wb") as file:
+                    shutil.copyfileobj(members.extractfile(member), file)
 
 
 def read_lines(path):
@@ -358,6 +414,12 @@ def read_before_verbs(path, attractors):
         sentences.append(Sentence(f"{words} {tag}", len(words.split()), tag == "VBP", attractors,
                                   -1, ("VBZ", "VBP")))
     return sentences
+
+
+def count_training_sentences(files):
+    """How many sentences read_linzen would train on, in a fraction of its time."""
+    lines = sum(1 for _ in read_lines(files[0]))
+    return lines if files[0].name == "numpred.train" else max(1, (lines - 1) // 10)
 
 
 def read_table(path):
@@ -389,17 +451,12 @@ def read_table(path):
 
 
 def read_linzen(files):
-    """{"train", "validation", "test": [Sentence]} of the table or of numpred.*."""
-    folder = files[0].parent
+    """{"train", "validation", "test": [Sentence]} of the files that find_linzen found."""
     if files[0].name.startswith(TABLE):
         return read_table(files[0])
-    tests = {f"numpred.test.{attractors}": attractors for attractors in range(6)}
-    names = {path.name for path in files}
-    if missing := [name for name in ("numpred.train", "numpred.val", *tests) if name not in names]:
-        raise common.UserError(f"{folder} has no {', '.join(missing)}; {HELP}")
-    test = [read_before_verbs(folder / name, attractors) for name, attractors in tests.items()]
-    return {"train": read_before_verbs(folder / "numpred.train", -1),
-            "validation": read_before_verbs(folder / "numpred.val", -1),
+    train, validation, *tests = files
+    test = [read_before_verbs(path, attractors) for attractors, path in enumerate(tests)]
+    return {"train": read_before_verbs(train, -1), "validation": read_before_verbs(validation, -1),
             "test": list(itertools.chain(*test))}
 
 
@@ -483,12 +540,12 @@ def encode(sentences, vocabulary, objective):
 def make_data(source, files, examples, objective, device):
     """({"train", "validation", "test", "probe": Split} on `device`, what is in them).
 
-    examples: training sentences; of real ones so many are drawn, the same for every run.
+    examples: training sentences. Of more real ones so many are drawn, the same for every run.
     """
     if source == "linzen":
         sentences = read_linzen(files)
-        train = sentences["train"]
-        sentences["train"] = random.Random(0).sample(train, min(examples, len(train)))
+        if examples < len(sentences["train"]):
+            sentences["train"] = random.Random(0).sample(sentences["train"], examples)
     else:
         sentences = synthetic_sentences(examples)
     vocabulary = make_vocabulary(sentences["train"])
@@ -765,9 +822,11 @@ def parse_arguments(argv):
     parser.add_argument("--objective", choices=["classification", "lm"], default="classification",
                         help="the verb's number from the words before it, or the next word")
     parser.add_argument("--data", choices=["auto", "linzen", "synthetic"], default="auto",
-                        help="auto: the real sentences in --data-dir, else sentences of a grammar")
+                        help="linzen: real sentences, fetched if they aren't in --data-dir; "
+                             "auto: those in --data-dir, else sentences of a grammar")
     parser.add_argument("--examples", type=common.number(int, 50, 1_000_000),
-                        help="training sentences (default: all real ones, 10,000 synthetic ones)")
+                        help="training sentences (default: all real ones, 10,000 synthetic ones); "
+                             "above 20,000 the default epochs are 240,000 / examples, at least 2")
     args = parser.parse_args(argv)
     common.check_shared_arguments(parser, args, TEMPERATURE[args.objective])
     if args.objective == "lm" and "transformer" in (args.student, args.teacher):
@@ -778,22 +837,31 @@ def parse_arguments(argv):
 
 
 def find_data(source, data_dir):
-    """(source, [files]): what --data asks for; UserError where it can't be had."""
+    """(source, [files]): what --data asks for; real sentences asked for are fetched if need be."""
     if source == "synthetic":
         return "synthetic", []
+    if source == "linzen" and not find_linzen(data_dir):
+        fetch_linzen(data_dir)
     if files := find_linzen(data_dir):
         return "linzen", files
-    missing = f"neither {TABLE}(.gz) nor numpred.train is in {data_dir}"
-    if source == "linzen":
-        raise common.UserError(f"{missing}; {HELP}, or use --data synthetic")
-    print(f"\n*** WARNING: {missing}.\n*** Using SYNTHETIC sentences of a grammar: "
+    print(f"\n*** WARNING: neither {TABLE}(.gz) nor numpred.train is in {data_dir}; --data linzen "
+          "fetches them.\n*** Using SYNTHETIC sentences of a grammar: "
           "no figure of this run is about English.\n", file=sys.stderr)
     return "synthetic", []
 
 
-def check_data(source, data_dir):
-    """The source that find_data finds, once its files have been read to the end; for run_all.sh."""
-    source, files = find_data(source, Path(data_dir))
+def check_data(data_dir):
+    """"linzen" where the sentences are there or can be fetched, else "synthetic"; for run_all.sh.
+
+    UserError where the files are there but damaged.
+    """
+    folder = Path(data_dir)
+    if not find_linzen(folder):
+        try:
+            fetch_linzen(folder)
+        except common.UserError as error:
+            print(error, file=sys.stderr)
+    source, files = find_data("auto", folder)
     if files:
         read_linzen(files)
     return source
@@ -806,8 +874,9 @@ def plain_config(model, seed, source, args):
     Real sentences are told apart by the sizes of their files.
     """
     kind = "lstm" if model.startswith("lstm") else "transformer"
-    recipe = {key: getattr(args, key, None) or value
-              for key, value in RECIPES[args.objective][kind].items()}
+    recipe = dict(RECIPES[args.objective][kind])
+    recipe["epochs"] = min(recipe["epochs"], max(2, 240_000 // args.examples))
+    recipe = {key: getattr(args, key, None) or value for key, value in recipe.items()}
     config = {"task": "sva", "objective": args.objective, "data": source,
               "examples": args.examples}
     if source == "linzen":
@@ -879,15 +948,17 @@ def main(argv=None):
         raise common.UserError(f"--data-dir {data_dir}: no such folder")
     source, files = find_data(args.data, data_dir)
     args.bytes = {path.name: path.stat().st_size for path in files}
-    if source == "synthetic" and args.examples is None:
-        args.examples = SYNTHETIC_EXAMPLES
+    available = count_training_sentences(files) if files else SYNTHETIC_EXAMPLES
+    if args.examples is None:
+        args.examples = available
+    elif files and args.examples > available:
+        raise common.UserError(f"--examples {args.examples}: there are {available} in {data_dir}")
 
     config = make_config(source, args)
     directory = run_directory(config, args)
     record = common.finished_run(directory, config, args.force)
     if record is None:
-        examples = args.examples or 10**9
-        data, described = make_data(source, files, examples, args.objective, args.device)
+        data, described = make_data(source, files, args.examples, args.objective, args.device)
         if not args.quiet:
             sizes = ", ".join(f"{value:,} {name}" for name, value in described.items()
                               if isinstance(value, int))
