@@ -34,9 +34,9 @@ threads=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
 # Real data are fetched here and once; damaged files end it all.
 source_of() { "$PYTHON" -c "import sys, common, $1; sys.argv[0] = '$1.py'
 common.run_main(lambda _: print($1.$2))" "$DATA"; }
-mnist=synthetic sva=synthetic size=' --examples 6000'
+mnist=synthetic sva=synthetic digits=' --examples 6000' sentences=' --examples 5000'
 if [ ! $quick ]; then
-  size=''
+  digits='' sentences=''
   mnist=$(source_of train_mnist 'load_digits("auto", 60, sys.argv[1])[0]') || exit 2
   sva=$(source_of train_sva 'check_data(sys.argv[1])') || exit 2
 fi
@@ -59,11 +59,12 @@ runs() {
 }
 commands() {
   local stage=$1 seq=transformer-seq four='lstm transformer transformer-seq ut-seq' teacher
-  local classify="train_sva.py --data $sva$size" lm="train_sva.py --data $sva$size --objective lm"
-  runs "train_mnist.py --data $mnist$size" 'mlp cnn' "$(echo {mlp,cnn}/{mlp,cnn})"
+  local classify="train_sva.py --data $sva$sentences" lm
+  lm="$classify --objective lm"
+  runs "train_mnist.py --data $mnist$digits" 'mlp cnn' "$(echo {mlp,cnn}/{mlp,cnn})"
   if [ $quick ]; then
     runs "$classify" "lstm $seq" "$(echo {lstm,$seq}/{lstm,$seq})"
-    runs "$lm --epochs 6" "lstm $seq" "lstm/$seq $seq/$seq"
+    runs "$lm --epochs 3" "lstm $seq" "lstm/$seq $seq/$seq"
   else
     runs "$classify" "$four" \
          "$(for teacher in $four; do echo $teacher/{lstm,transformer,$seq,ut-seq}; done)"

@@ -180,20 +180,23 @@ def synthetic_digits(n, seed):
         m = len(part)
         # Where a pixel looks in its glyph: scaled, slanted, rotated, shifted by up to a pixel ...
         width, height, slant = uniform(1.0, 1.7, m), uniform(0.9, 1.15, m), uniform(-0.6, 0.3, m)
-        angle, shift = uniform(-0.35, 0.35, m), uniform(-1 / 14, 1 / 14, 2, m)
+        angle, shift = uniform(-0.15, 0.15, m), uniform(-1 / 14, 1 / 14, 2, m)
         cos, sin = angle.cos(), angle.sin()
         theta = torch.stack([cos * width, (slant * cos - sin) * width, shift[0],
                              sin * height, (slant * sin + cos) * height, shift[1]], dim=1)
         grid = F.affine_grid(theta.view(m, 2, 3), (m, 1, 28, 28), align_corners=False)
         # ... and bent, by a smooth field that leaves the centre where it is.
-        bends = uniform(-0.34, 0.34, m, 2, 4, 4)
+        bends = uniform(-0.12, 0.12, m, 2, 4, 4)
         bends -= bends[:, :, 1:3, 1:3].mean(dim=(2, 3), keepdim=True)
         bends = F.interpolate(bends, size=(28, 28), mode="bicubic", align_corners=True)
         blurred = F.grid_sample(glyphs[labels[part]], grid + bends.permute(0, 2, 3, 1),
                                 align_corners=False).squeeze(1)
-        # The lower the threshold on the blurred glyph, the thicker the stroke.
-        threshold, ink = uniform(0.2, 0.6, m, 1, 1), uniform(200, 500, m, 1, 1)
-        strokes = ((blurred - threshold) * 5 + 0.5).clamp(0, 1)
+        # The lower the threshold on the blurred glyph, the thicker the stroke. It varies with the
+        # pressure of the pen, down to gaps: so that neither model is perfect.
+        pressure = F.interpolate(uniform(-0.37, 0.37, m, 1, 5, 5), size=(28, 28), mode="bicubic",
+                                 align_corners=True).squeeze(1)
+        threshold, ink = uniform(0.2, 0.6, m, 1, 1) + pressure, uniform(200, 500, m, 1, 1)
+        strokes = ((blurred - threshold) * 5 + 0.5).clamp(0, 1) * (blurred > 0.02)
         images[part] = (strokes * ink).clamp(0, 255).byte()
     return images, labels
 

@@ -11,6 +11,7 @@ model.pt in runs/sva-<data>/<run name>/seed<k>/ (runs/sva-lm-<data> for language
 Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 """
 
+import functools
 import gzip
 import itertools
 import math
@@ -514,24 +515,26 @@ def encode(sentences, vocabulary, objective):
     A classifier reads the words before the verb; a language model START, the whole sentence, END.
     """
     tokens, columns, left_out = array("i"), array("q"), 0
+
+    @functools.cache  # a table has few verbs
+    def complete(forms):
+        verb, plural = forms[0] or forms[1], forms[0] is None
+        return [form or counterpart(verb, plural, vocabulary) for form in forms]
+
     for text, verb, plural, attractors, distance, forms in sentences:
         words = text.split()
         if objective == "lm":
-            forms = [form or counterpart(words[verb], plural, vocabulary) for form in forms]
+            forms = complete(forms)
             unknown_form = forms[0] not in vocabulary or forms[1] not in vocabulary
         if len(words) > LONGEST_SENTENCE or (objective == "lm" and unknown_form):
             left_out += 1
             continue
         start = len(tokens)
-        if objective == "lm":
-            tokens.append(START)
-            tokens.extend([vocabulary.get(word, UNKNOWN) for word in words])
-            tokens.append(END)
-        else:
-            tokens.extend([vocabulary.get(word, UNKNOWN) for word in words[:verb]])
-        singular, plural_form = (vocabulary.get(form, UNKNOWN) for form in forms)
+        read = words if objective == "lm" else words[:verb]
+        numbers = map(vocabulary.get, read, itertools.repeat(UNKNOWN))
+        tokens.extend((START, *numbers, END) if objective == "lm" else numbers)
         columns.extend((start, len(tokens) - start, verb, plural, attractors, distance,
-                        singular, plural_form))
+                        *(vocabulary.get(form, UNKNOWN) for form in forms)))
     columns = torch.from_numpy(np.array(columns, dtype=np.int64)).view(-1, 8)
     tokens = torch.from_numpy(np.array(tokens, dtype=np.int32))
     return Split(tokens, *columns[:, :6].T.contiguous(), columns[:, 6:].contiguous()), left_out
