@@ -370,7 +370,7 @@ def test_synthetic_digits_are_seeded_centred_and_like_mnist():
     assert 0.08 < ink.mean() < 0.18  # MNIST: 0.131
     for axis in (1, 2):
         centre = (ink.sum(axis) * torch.arange(28)).sum(1) / ink.sum((1, 2))
-        assert abs(centre.mean() - 13.5) < 1 and centre.std() < 2
+        assert abs(centre.mean() - 13.5) < 1 and centre.std() < 2.5  # gaps move the centre
         assert ink.select(axis, 0).mean() < 0.02  # hardly anything cut off at the edge
 
 
