@@ -606,12 +606,8 @@ def metric(test, name, number=None):
     return value
 
 
-def timing(name):
-    return lambda run: run.record.get("timing", {}).get(name)
-
-
 def print_tables(group, barriers):
-    """Tables (a) to (g); returns {letter: {"caption", "rows"}} for --json."""
+    """Tables (a) to (f); returns {letter: {"caption", "rows"}} for --json."""
     tables = {}
 
     def add(letter, caption, columns, paper=None):
@@ -666,26 +662,14 @@ def print_tables(group, barriers):
                    "Near 0: one basin.")
         print_table(caption, ["pair", *values[label], "n"], rows)
         tables["f"] = {"caption": caption, "rows": values}
-
-    def overhead(run):
-        twin = group.runs.get((run.config["student"], run.seed))
-        if not run.config["kd"] or twin is None or not timing("training")(twin):
-            return None
-        seconds = timing("training")(run) + (timing("teacher_logits")(run) or 0)
-        return seconds / timing("training")(twin)
-
-    add("g", "Cost**. Overhead: a taught run's training and teacher's outputs over its plain "
-        "twin's training;\nonly fair where both had the machine to the same extent.",
-        {"training, s": (timing("training"), 1),
-         "examples per s": (timing("examples_per_second"), 0), "overhead of KD": (overhead, 2)})
     return tables
 
 
 def print_claims(claims):
-    """Table (h) for each student; claims that can't be tested yet are counted in one line."""
+    """Table (g) for each student; claims that can't be tested yet are counted in one line."""
     tested = [claim for claim in claims if claim["verdict"] != "untested"]
     if tested:
-        print("**(h) Claims**: differences paired by seed, positive where the claim holds, with "
+        print("**(g) Claims**: differences paired by seed, positive where the claim holds, with "
               "the 95 % t-interval over n seeds.\n"
               f"If nothing were real, about {0.05 * len(tested):.1f} of these {len(tested)} "
               "verdicts would be \"supported\" or \"contradicted\" by chance.\n"

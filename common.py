@@ -9,6 +9,7 @@ import json
 import math
 import platform
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -153,6 +154,19 @@ def run_name(config):
     return f"{name}-online" if config["kd"] == "online" else name
 
 
+def taught_config(student, teacher, args):
+    """The configuration of a taught run, from those of plain runs of the student and the teacher.
+
+    It adds how the student is taught, and what the teacher is trained with.
+    """
+    if args.kd == "online":  # both models train in the student's batches
+        teacher = teacher | {key: student[key] for key in ("epochs", "batch_size")}
+    how = ("kd", "teacher", "teacher_seed", "temperature", "alpha")
+    recipe = ("epochs", "batch_size", "lr", "weight_decay")
+    return (student | {key: getattr(args, key) for key in how}
+            | {f"teacher_{key}": teacher[key] for key in recipe})
+
+
 def make_folder(folder, flag):
     """Make `folder`, which the user chose with `flag`; UserError where that can't be done."""
     try:
@@ -251,6 +265,21 @@ def finished_run(directory, config, force=False, remedy="use --force or another 
         raise UserError(f"{directory} holds a run of another configuration "
                         f"({'; '.join(differences)}): {remedy}")
     return record
+
+
+def table_rows(record, twin, twin_directory):
+    """{"teacher cnn", "student mlp", "untaught mlp": metrics}, the last where that run is there.
+
+    twin: the configuration of the student's untaught twin.
+    """
+    config, rows = record["config"], {}
+    if config["kd"]:
+        rows[f"teacher {config['teacher']}"] = record["teacher_metrics"]
+    rows[f"student {config['student']}"] = record["metrics"]
+    twin_record = load_run(twin_directory)
+    if config["kd"] and twin_record is not None and twin_record["config"] == twin:
+        rows[f"untaught {config['student']}"] = twin_record["metrics"]
+    return rows
 
 
 # ---- Seeds, device, precision ------------------------------------------------------------------
@@ -382,10 +411,13 @@ def check_shared_arguments(parser, args, temperature):
 
 def twin_command(parser, args):
     """The command that trains the same student without a teacher."""
-    unused = ("kd", "teacher", "temperature", "alpha", "teacher_seed", "force", "quiet", "amp")
-    flags = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-             if name not in unused and value != parser.get_default(name)]
-    return " ".join([f"python {parser.prog}", f"--student {args.student}", *flags])
+    unused = ("student", "kd", "teacher", "temperature", "alpha", "teacher_seed", "force", "quiet",
+              "amp")
+    command = ["python", parser.prog, "--student", args.student]
+    for name, value in vars(args).items():
+        if name not in unused and value != parser.get_default(name):
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(command)
 
 
 def run_main(main, argv=None):

@@ -236,22 +236,6 @@ def test_interrupted_save_leaves_a_whole_run_or_none(tmp_path, monkeypatch, mome
     assert (record and record["config"]["tag"]) == {0: 1, 1: None, 2: 2}[moment]
 
 
-def test_many_processes_with_one_number_write_one_run(tmp_path, monkeypatch):
-    """Containers that share a folder have equal process numbers."""
-    monkeypatch.setattr(os, "getpid", lambda: 7)
-    write_json = common.write_json
-
-    def meanwhile(path, record):  # another writer finishes while this one is writing
-        monkeypatch.setattr(common, "write_json", write_json)
-        save_example(tmp_path / "seed0", 1, writer="other")
-        write_json(path, record)
-
-    monkeypatch.setattr(common, "write_json", meanwhile)
-    save_example(tmp_path / "seed0", 1, writer="this")
-    assert common.load_run(tmp_path / "seed0")["writer"] == "other"
-    assert [path.name for path in tmp_path.iterdir()] == ["seed0"]
-
-
 def test_progress_says_how_long(capsys, monkeypatch):
     progress = common.Progress(epochs=4)
     progress.start -= 10  # as if the first epoch had taken ten seconds
@@ -333,23 +317,17 @@ def test_no_step_waits_for_a_gpu_and_nothing_is_float64(tmp_path, monkeypatch, s
 # ---- MNIST: data ---------------------------------------------------------------------------------
 
 
-def test_translate_and_scale_against_a_loop():
+def test_translate_and_scale():
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (6, 28, 28), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (20, 28, 28), dtype=torch.uint8, generator=generator)
     moved, seen = train_mnist.translate(images), set()
     for image, result in zip(images, moved):
-        matches = []
-        for down, right in itertools.product((-3, 3), repeat=2):
-            expected = torch.zeros_like(image)
-            for row, column in itertools.product(range(28), repeat=2):
-                if 0 <= row - down < 28 and 0 <= column - right < 28:
-                    expected[row, column] = image[row - down, column - right]
-            if torch.equal(expected, result):
-                matches.append((down, right))
+        framed = F.pad(image, (3,) * 4)  # rolled, zeros move in
+        matches = [shift for shift in itertools.product((-3, 3), repeat=2)
+                   if torch.equal(framed.roll(shift, (0, 1))[3:-3, 3:-3], result)]
         assert len(matches) == 1
         seen.update(matches)
-    assert len(seen) > 1 and torch.equal(moved, train_mnist.translate(images))
-
+    assert len(seen) == 4 and torch.equal(moved, train_mnist.translate(images))
     shrunk = train_mnist.scale(images[:1])[0]
     for row, column in ((0, 0), (4, 4), (9, 20), (13, 14), (23, 5), (27, 13)):
         y, x = (row - 13.5) / 0.7 + 13.5, (column - 13.5) / 0.7 + 13.5
@@ -396,9 +374,8 @@ def mnist_files(tmp_path_factory):
 def test_mnist_files_are_read(mnist_files):
     source, digits = train_mnist.load_digits("auto", 60_000, mnist_files.parent.parent)
     data = train_mnist.make_data(digits, 60_000, CPU)
-    assert source == "mnist"
-    assert [len(data[name][1]) for name in data] == [55_000, 5_000, 10_000, 10_000, 10_000]
-    assert (data["train"][0][300] == 300 - 256).all()
+    assert source == "mnist" and [len(labels) for _, labels in data.values()] == [
+        55_000, 5_000, 10_000, 10_000, 10_000]
     assert (data["validation"][0][0] == 55_000 % 256).all()
 
 
@@ -457,37 +434,27 @@ def test_every_setup_leaves_a_complete_run(grid):
     names = {path.parent.name for path in common.find_runs(root) if path.name == "seed0"}
     assert names == set(SETUPS) and len(before) == 6
     assert all(path.read_bytes() == content for path, content in before.items())  # teachers
+    digits = train_mnist.load_digits("synthetic", 600, None)[1]
+    images, labels = train_mnist.make_data(digits, 600, CPU)["test"]
     for name in SETUPS:
-        directory = root / name / "seed0"
-        record, outputs = common.load_run(directory), common.load_outputs(directory)
-        assert set(record) >= {"config", "data", "environment", "parameters", "history", "metrics",
-                               "timing"}
-        assert [entry["epoch"] for entry in record["history"]] == [1, 2, 3]
+        record, outputs = (load(root / name / "seed0")
+                           for load in (common.load_run, common.load_outputs))
+        assert set(record) >= {"data", "environment", "parameters", "history", "timing"}
         assert outputs["probe_epochs"].tolist() == [0, 1, 2, 3]
         width = {"mlp": 32, "cnn": 64}[record["config"]["student"]]
         assert outputs["probe_representations"].shape == (4, 100, width)
-        for test, metrics in record["metrics"].items():  # once more, in numpy
-            logits = outputs[f"{test}_logits"].double().numpy()
-            labels = outputs[f"{test}_labels"].numpy()
-            log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-            assert metrics["accuracy"] == pytest.approx((logits.argmax(axis=1) == labels).mean())
-            nll = -log_probabilities[np.arange(100), labels].mean()
-            assert metrics["nll"] == pytest.approx(nll)
-            assert metrics["n"] == 100 and 0 <= metrics["ece"] <= 1
-            assert f"{metrics['accuracy']:.4f}" in text[name]
-        assert ("teacher" in record["parameters"]) == ("-to-" in name)
+        logits, metrics = outputs["test_logits"], record["metrics"]["test"]
+        accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
+        assert metrics["accuracy"] == pytest.approx(accuracy)
+        assert metrics["nll"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+        assert metrics["n"] == 100 and f"{accuracy:.4f}" in text[name]
         assert ("untaught" in text[name]) == ("-to-" in name)  # what teaching changed
-        model = common.load_weights(train_mnist.MODELS[record["config"]["student"]](), directory)
-        digits = train_mnist.load_digits("synthetic", 600, None)[1]
-        images = train_mnist.make_data(digits, 600, CPU)["test"][0]
+        model = train_mnist.MODELS[record["config"]["student"]]()
+        common.load_weights(model, root / name / "seed0")
         amp = record["environment"]["precision"] == "bfloat16"
-        again = train_mnist.evaluate(model, images, amp)[0]
-        assert (again - outputs["test_logits"]).abs().max() < 0.05
+        assert (train_mnist.evaluate(model, images, amp)[0] - logits).abs().max() < 0.05
     record = common.load_run(root / "cnn-to-mlp" / "seed0")
     assert record["teacher_metrics"] == common.load_run(root / "cnn" / "seed1")["metrics"]
-    assert record["config"]["teacher_seed"] == 1
-    online = common.load_run(root / "cnn-to-mlp-online" / "seed0")["config"]
-    assert online["teacher_batch_size"] == online["batch_size"]
 
 
 @pytest.mark.parametrize("student", ["mlp", "cnn"])
@@ -601,7 +568,7 @@ def test_two_files_alone_do_the_main_job(copied_out):
     assert "teacher cnn" in stdout and "student mlp" in stdout and "s left" in stdout
     assert common.load_run(copied_out / "runs" / "mnist-synthetic" / "cnn-to-mlp" / "seed0")
     command = re.search(r"untaught twin: python (.*)", stdout).group(1)  # as it stands
-    assert start(copied_out, *command.split()[1:], "--quiet").wait(60) == 0
+    assert start(copied_out, *shlex.split(command)[1:], "--quiet").wait(60) == 0
     assert common.load_run(copied_out / "runs" / "mnist-synthetic" / "mlp" / "seed0")
 
 
@@ -733,12 +700,11 @@ def test_padding_has_no_influence_and_only_the_class_token_sees_both_sides(name)
 
 
 def test_universal_transformer_shares_its_layer():
-    shared, separate = sva_model("ut-seq"), sva_model("transformer-seq")
-    assert len(shared.blocks) == 1 < len(separate.blocks) == separate.layers
-    calls = []
-    shared.blocks[0].register_forward_hook(lambda *_: calls.append(1))
-    shared.represent(torch.full((1, 3), 5), torch.tensor([3]))
-    assert len(calls) == shared.layers > 1
+    model, calls = sva_model("ut-seq"), []
+    block, = model.blocks
+    block.register_forward_hook(lambda *_: calls.append(1))
+    model.represent(torch.full((1, 3), 5), torch.tensor([3]))
+    assert len(calls) == model.layers > 1
 
 
 @torch.no_grad()
@@ -803,8 +769,10 @@ def write_before_verbs(folder, leave_out=()):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_table_is_read(tmp_path, suffix):
     write_table(tmp_path / f"{TABLE}{suffix}")
-    parts = train_sva.read_linzen(train_sva.find_linzen(tmp_path))
-    assert [len(parts[name]) for name in ("train", "validation", "test")] == [60, 6, 534]
+    files = train_sva.find_linzen(tmp_path)
+    parts = train_sva.read_linzen(files)
+    assert [len(part) for part in parts.values()] == [60, 6, 534]
+    assert train_sva.count_training_sentences(files) == 60
     sentence = parts["train"][0]
     assert sentence.text.split()[sentence.verb] == ("are" if sentence.plural else "is")
     assert sentence.distance == 3
@@ -817,7 +785,7 @@ def test_table_is_read(tmp_path, suffix):
 def test_words_before_the_verb_are_read(tmp_path):
     write_before_verbs(tmp_path)
     parts = train_sva.read_linzen(train_sva.find_linzen(tmp_path))
-    assert [len(parts[name]) for name in ("train", "validation", "test")] == [80, 80, 480]
+    assert [len(part) for part in parts.values()] == [80, 80, 480]
     assert parts["test"][-1].attractors == 5 and parts["test"][0].forms == ("VBZ", "VBP")
 
 
@@ -1118,15 +1086,11 @@ def test_nothing_is_claimed_of_two_kinds_that_are_one(tmp_path):
     assert set(claims.values()) == {"inconclusive"}
 
 
-def test_comparisons_take_at_most_10000_examples_of_a_test(grid, tmp_path, monkeypatch):
+def test_comparisons_take_at_most_10000_examples_of_a_test(grid, monkeypatch):
     monkeypatch.setattr(analyze, "COMPARED_EXAMPLES", 40)
     group, = analyze.load_groups(grid[0], [])
     for run in group.runs.values():
-        outputs = common.load_outputs(run.folder)
-        for test, answers in run.answers.items():
-            assert len(answers) == len(group.labels[test]) == 40
-            everything = outputs[f"{test}_logits"].softmax(dim=1)
-            assert (torch.cdist(answers, everything).amin(dim=1) < 1e-3).all()
+        assert {len(answers) for answers in run.answers.values()} == {40}
 
 
 def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd):
@@ -1215,7 +1179,7 @@ def test_grid_killed_and_restarted_is_complete_and_analysed(tiny_grid, capfd):
     for title in ("## MNIST, data: synthetic", "## Subject-verb agreement, data: synthetic",
                   "## Subject-verb agreement, language models, data: synthetic"):
         assert title in stdout
-    for table in ("a", "d1", "d6", "e", "f", "g"):
+    for table in ("a", "d1", "d6", "e", "f"):
         assert stdout.count(f"**({table})") == 3
     assert "fewer than 3 seeds" in stdout and "supported" not in stdout  # one seed proves nothing
     assert max(map(len, stdout.splitlines())) <= 120

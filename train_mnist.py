@@ -420,19 +420,6 @@ def plain_config(model, seed, source, args):
             "student": model, "seed": seed, "kd": None, **recipe}
 
 
-def make_config(source, args):
-    """The configuration of the run that was asked for; see plain_config."""
-    config = plain_config(args.student, args.seed, source, args)
-    if args.kd is None:
-        return config
-    teacher = plain_config(args.teacher, args.teacher_seed, source, args)
-    if args.kd == "online":  # both models train in the student's batches
-        teacher |= {"epochs": config["epochs"], "batch_size": config["batch_size"]}
-    how = {key: getattr(args, key)
-           for key in ("kd", "teacher", "teacher_seed", "temperature", "alpha")}
-    return config | how | {f"teacher_{key}": teacher[key] for key in RECIPES[args.teacher]}
-
-
 def run_directory(config, args):
     root = "mnist" if config["data"] == "mnist" else "mnist-synthetic"
     return args.out / root / common.run_name(config) / f"seed{config['seed']}"
@@ -441,13 +428,8 @@ def run_directory(config, args):
 def print_table(record, args):
     """Accuracy, ECE and NLL of teacher, student and the student's untaught twin."""
     config = record["config"]
-    rows = {f"student {config['student']}": record["metrics"]}
-    if config["kd"]:
-        rows = {f"teacher {config['teacher']}": record["teacher_metrics"]} | rows
-        twin = plain_config(config["student"], config["seed"], config["data"], args)
-        twin_record = common.load_run(run_directory(twin, args))
-        if twin_record is not None and twin_record["config"] == twin:
-            rows[f"untaught {config['student']}"] = twin_record["metrics"]
+    twin = plain_config(config["student"], config["seed"], config["data"], args)
+    rows = common.table_rows(record, twin, run_directory(twin, args))
     print(f"\n{'data: ' + config['data']:<17}" + "".join(f"{name:<26}" for name in TESTS))
     print(" " * 17 + f"{'accuracy':<10}{'ECE':<8}{'NLL':<8}" * len(TESTS))
     for label, metrics in rows.items():
@@ -468,7 +450,10 @@ def main(argv=None):
         raise common.UserError(f"--data-dir {data_dir}: no such folder")
     source, digits = load_digits(args.data, args.examples, data_dir)
 
-    config = make_config(source, args)
+    config = plain_config(args.student, args.seed, source, args)
+    if args.kd:
+        teacher = plain_config(args.teacher, args.teacher_seed, source, args)
+        config = common.taught_config(config, teacher, args)
     directory = run_directory(config, args)
     record = common.finished_run(directory, config, args.force)
     if record is None:

@@ -36,6 +36,13 @@ import torch.nn.functional as F
 
 import common
 
+TABLE = "agr_50_mostcommon_10K.tsv"
+SOURCES = [  # where --data linzen fetches them, in this order: (address, file)
+    ("https://www.dropbox.com/s/5axdu3q9jkxzjy8/agr_50_mostcommon_10K.tsv.gz?dl=1", f"{TABLE}.gz"),
+    ("http://tallinzen.net/media/rnn_agreement/rnn_agr_simple.tar.gz", "rnn_agr_simple.tar.gz"),
+]
+TIMEOUT = 30  # seconds without an answer
+
 # One recipe for all setups of a model. Chosen on sentences of another seed of the grammar.
 RECIPES = {
     "classification": {
@@ -326,12 +333,6 @@ def synthetic_sentences(examples, seed=0):
 
 # ---- Real sentences: Linzen, Dupoux & Goldberg 2016 (arXiv 1611.01368), in either layout ---------
 
-TABLE = "agr_50_mostcommon_10K.tsv"
-SOURCES = [  # where --data linzen fetches them, in this order: (address, file)
-    ("https://www.dropbox.com/s/5axdu3q9jkxzjy8/agr_50_mostcommon_10K.tsv.gz?dl=1", f"{TABLE}.gz"),
-    ("http://tallinzen.net/media/rnn_agreement/rnn_agr_simple.tar.gz", "rnn_agr_simple.tar.gz"),
-]
-TIMEOUT = 30  # seconds without an answer
 NUMPRED_TESTS = [f"numpred.test.{attractors}" for attractors in range(6)]
 COLUMNS = ("sentence", "verb_pos", "verb_index", "n_diff_intervening", "distance")
 HELP = "see Data in the README"
@@ -887,20 +888,6 @@ def plain_config(model, seed, source, args):
     return config | {"student": model, "seed": seed, "kd": None, **recipe}
 
 
-def make_config(source, args):
-    """The configuration of the run that was asked for; see plain_config."""
-    config = plain_config(args.student, args.seed, source, args)
-    if args.kd is None:
-        return config
-    teacher = plain_config(args.teacher, args.teacher_seed, source, args)
-    if args.kd == "online":  # both models train in the student's batches
-        teacher |= {"epochs": config["epochs"], "batch_size": config["batch_size"]}
-    how = {key: getattr(args, key)
-           for key in ("kd", "teacher", "teacher_seed", "temperature", "alpha")}
-    recipe = ("epochs", "batch_size", "lr", "weight_decay")
-    return config | how | {f"teacher_{key}": teacher[key] for key in recipe}
-
-
 def run_directory(config, args):
     root = "sva-lm" if config["objective"] == "lm" else "sva"
     name = f"{root}-{config['data']}"
@@ -917,26 +904,15 @@ def precision(config, args):
 def print_table(record, args):
     """Accuracies, ECE, NLL and perplexity of teacher, student and the student's untaught twin."""
     config = record["config"]
-    rows = {f"student {config['student']}": record["metrics"]["test"]}
-    if config["kd"]:
-        rows = {f"teacher {config['teacher']}": record["teacher_metrics"]["test"]} | rows
-        twin = plain_config(config["student"], config["seed"], config["data"], args)
-        twin_record = common.load_run(run_directory(twin, args))
-        if twin_record is not None and twin_record["config"] == twin:
-            rows[f"untaught {config['student']}"] = twin_record["metrics"]["test"]
+    twin = plain_config(config["student"], config["seed"], config["data"], args)
+    rows = common.table_rows(record, twin, run_directory(twin, args))
     titles = {"accuracy": "accuracy", "a_accuracy": "A-accuracy", "d_accuracy": "D-accuracy",
               "ece": "ECE", "nll": "NLL", "perplexity": "perplexity"}
     # D-accuracy is unknown in numpred.*, perplexity for classifiers.
-    titles = {key: title for key, title in titles.items()
-              if record["metrics"]["test"].get(key) is not None}
-    groups = list(record["metrics"]["test"]["accuracy_by_attractors"])
-    print(f"\n{'data: ' + config['data']:<31}"
-          + "".join(f"{title:<12}" for title in titles.values())
-          + "".join(f"{group + ' attr.':<9}" for group in groups))
+    known = [name for name in titles if record["metrics"]["test"].get(name) is not None]
+    print(f"\n{'data: ' + config['data']:<31}" + "".join(f"{titles[name]:<12}" for name in known))
     for label, metrics in rows.items():
-        by_attractors = metrics["accuracy_by_attractors"]
-        print(f"{label:<31}" + "".join(f"{metrics[key]:<12.4f}" for key in titles)
-              + "".join(f"{by_attractors[group]:<9.4f}" for group in groups))
+        print(f"{label:<31}" + "".join(f"{metrics['test'][name]:<12.4f}" for name in known))
     if config["kd"] and len(rows) == 2:
         print(f"to see what teaching changed, train the untaught twin: {args.twin_command}")
 
@@ -957,7 +933,10 @@ def main(argv=None):
     elif files and args.examples > available:
         raise common.UserError(f"--examples {args.examples}: there are {available} in {data_dir}")
 
-    config = make_config(source, args)
+    config = plain_config(args.student, args.seed, source, args)
+    if args.kd:
+        teacher = plain_config(args.teacher, args.teacher_seed, source, args)
+        config = common.taught_config(config, teacher, args)
     directory = run_directory(config, args)
     record = common.finished_run(directory, config, args.force)
     if record is None:
