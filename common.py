@@ -206,6 +206,8 @@ def save_run(directory, record, outputs, state_dict, force=False):
             reason = str(error).splitlines()[0]
             raise UserError(f"can't write {directory} ({reason}): choose another --out") from None
     finally:
+        if replaced.exists() and not directory.exists():
+            replaced.rename(directory)  # what --force was to replace stays if that failed
         shutil.rmtree(temporary, ignore_errors=True)
 
 
