@@ -802,7 +802,7 @@ def plot_attractors(plt, group):
             spread = values.std(dim=0) if len(runs) > 1 else None
             axis.errorbar(range(5), values.mean(dim=0), spread, **STYLES[role], capsize=2,
                           label=runs[0].name)
-        axis.set(xlabel="attractors (4: and more)", ylim=(0, 1.02))
+        axis.set(xlabel="attractors (4: and more)", xticks=range(5), ylim=(0, 1.02))
         axis.legend(fontsize=6)
     axes[0].set_ylabel("accuracy")
     return figure

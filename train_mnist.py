@@ -273,8 +273,7 @@ def run(config, data, args, force=False):
     distillation is such a run too: it is loaded, or trained first.
     """
     directory = run_directory(config, args)
-    remedy = "delete it, or choose another --out"
-    record = common.finished_run(directory, config, force, remedy)
+    record = common.finished_run(directory, config, force, "delete it, or choose another --out")
     if record is not None:
         return record
     device, online, offline = args.device, config["kd"] == "online", config["kd"] == "offline"
@@ -326,20 +325,18 @@ def run(config, data, args, force=False):
             # index_select copies a batch in a seventh of the time of images[batch] on the CPU.
             x, y = to_input(images.index_select(0, batch)), labels.index_select(0, batch)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                logits = student(x)
+                logits = student(x).float()
                 if online:
-                    online_logits = teacher(x).float()
-            logits = logits.float()
-
+                    soft = teacher(x).float()
             if offline:
                 soft = teacher_logits.index_select(0, batch)
-                loss = common.kd_loss(logits, soft, y, config["temperature"], config["alpha"])
-            elif online:
-                # The first loss reaches the student alone, the second the teacher alone.
-                loss = common.kd_loss(logits, online_logits, y, config["temperature"],
-                                      config["alpha"]) + F.cross_entropy(online_logits, y)
-            else:
+
+            if config["kd"] is None:
                 loss = F.cross_entropy(logits, y)
+            else:
+                loss = common.kd_loss(logits, soft, y, config["temperature"], config["alpha"])
+            if online:  # reaches the teacher alone, as the KD loss reaches the student alone
+                loss = loss + F.cross_entropy(soft, y)
 
             optimizer.zero_grad()
             loss.backward()
