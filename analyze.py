@@ -559,13 +559,13 @@ def print_answer(claims):
 # ---- Tables --------------------------------------------------------------------------------------
 
 
-def mean_and_spread(values, digits=3):
+def mean_and_spread(values):
     """0.912±0.005 (standard deviation over seeds), 0.912 for one value, - for none."""
     values = [value for value in values if value is not None and math.isfinite(value)]
     if not values:
         return "-"
-    spread = f"±{statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
+    spread = f"±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
 
 
 def print_table(caption, header, rows):
@@ -583,14 +583,12 @@ def print_table(caption, header, rows):
 def table_of_kinds(group, caption, columns, paper=None):
     """Print a row for each kind of run; return the values behind it, {kind: {column: [values]}}.
 
-    columns: {title: (value of a run or None, digits)}. paper: {kind: its values, column by column}.
+    columns: {title: function of a run}. paper: {kind: its values, column by column}.
     """
-    values = {kind: {title: [value(run) for run in runs] for title, (value, _) in columns.items()}
-              for kind, runs in group.kinds().items()}
-    rows = []
-    for kind, row in values.items():
-        cells = [mean_and_spread(row[title], digits) for title, (_, digits) in columns.items()]
-        rows.append([kind, *cells, str(len(group.kinds()[kind]))])
+    values, rows = {}, []
+    for kind, runs in group.kinds().items():
+        values[kind] = {title: [value(run) for run in runs] for title, value in columns.items()}
+        rows.append([kind, *map(mean_and_spread, values[kind].values()), str(len(runs))])
         if paper and kind in paper:
             rows.append([f"{kind} (paper)", *(f"{value:.3f}" for value in paper[kind]), "-"])
     print_table(caption, ["run", *columns, "n"], rows)
@@ -606,6 +604,19 @@ def metric(test, name, number=None):
     return value
 
 
+def likeness(group, name, which):
+    """A function of a run: a comparison with one kind of its references."""
+    return lambda run: compare(group, name, run, references(group, run)[which])
+
+
+def path_length(run):
+    return sum(1 - common.rsa(a, b) for a, b in itertools.pairwise(run.path.values()))
+
+
+def path_straightness(run):
+    return (1 - common.rsa(run.path[0], last(run))) / (path_length(run) or math.nan)
+
+
 def print_tables(group, barriers):
     """Tables (a) to (f); returns {letter: {"caption", "rows"}} for --json."""
     tables = {}
@@ -618,34 +629,27 @@ def print_tables(group, barriers):
     if group.task == "mnist":
         add("a", "Accuracy and calibration**, mean ± standard deviation over n seeds.\n"
             "No model saw scaled or translated digits in training.",
-            {f"{prefix}{test}": (metric(test, name), 3)
+            {f"{prefix}{test}": metric(test, name)
              for prefix, name in (("", "accuracy"), ("ECE, ", "ece")) for test in TESTS["mnist"]},
             PAPER_MNIST if group.config["data"] == "mnist" else None)
     else:
         names = {"accuracy": "accuracy", "A-accuracy": "a_accuracy", "D-accuracy": "d_accuracy"}
         add("a", "Agreement**, mean ± standard deviation over n seeds.\n"
             "A-accuracy: mean over 0, 1, 2, 3, 4+ attractors; D-accuracy: over distances.",
-            {title: (metric("test", name), 3) for title, name in names.items()})
-        add("b", "Accuracy by attractors**, which are rare in training.",
-            {f"{k}{'+' if k == 4 else ''} attr.":
-             (metric("test", "accuracy_by_attractors", str(k)), 3) for k in range(5)})
+            {title: metric("test", name) for title, name in names.items()})
+        add("b", "Accuracy by attractors**, which are rare in training; 4: and more.",
+            {f"{k} attr.": metric("test", "accuracy_by_attractors", str(k)) for k in range(5)})
         add("c", "Calibration and fit**: NLL of the answer in nats, perplexity per word.",
-            {"ECE": (metric("test", "ece"), 3), "NLL": (metric("test", "nll"), 3),
-             "perplexity": (metric("test", "perplexity"), 2)})
+            {"ECE": metric("test", "ece"), "NLL": metric("test", "nll"),
+             "perplexity": metric("test", "perplexity")})
 
     for place, (name, (_, _, caption)) in enumerate(COMPARISONS.items(), 1):
         add(f"d{place}", f"Likeness to plain models: {name}**, {caption}.",
-            {which: (lambda run, name=name, which=which: compare(
-                group, name, run, references(group, run)[which]), 3)
+            {which: likeness(group, name, which)
              for which in ("own teacher", "other strong", "other plain")})
-
-    def length(run):
-        return sum(1 - common.rsa(a, b) for a, b in itertools.pairwise(run.path.values()))
-
     add("e", "Training paths** in the space of 1 - RSA: length, and straightness (end to end over "
         "length;\nit can exceed 1, as 1 - RSA is no metric).",
-        {"length": (length, 3), "straightness": (
-            lambda run: (1 - common.rsa(run.path[0], last(run))) / (length(run) or math.nan), 3)})
+        {"length": path_length, "straightness": path_straightness})
 
     if barriers:
         rows, values = [], {}
