@@ -951,6 +951,16 @@ def test_sva_setups(tmp_path, monkeypatch, objective):
     assert config["teacher_batch_size"] == config["batch_size"]
 
 
+def test_diverged_language_model_has_no_perplexity_and_can_teach(tmp_path, capfd):
+    command = [*SVA_QUICK[:-1], "--objective", "lm", "--student", "lstm-small", "--lr", 1000,
+               "--out", tmp_path]
+    sva(*command, "--seed", 1)
+    record = common.load_run(tmp_path / "sva-lm-synthetic" / "lstm-small" / "seed1")
+    assert record["metrics"]["test"]["perplexity"] is None  # valid JSON
+    sva(*command, "--kd")
+    assert "teacher lstm-small" in capfd.readouterr().out
+
+
 # ---- Analysis ------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,6 @@ Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 import functools
 import gzip
 import itertools
-import math
 import random
 import shutil
 import socket
@@ -644,7 +643,8 @@ def evaluate(model, split, objective, amp):
     back = order.argsort()
     perplexity = None
     if objective == "lm":
-        perplexity = math.exp(sum(torch.stack(losses).tolist()) / words)
+        mean_loss = torch.tensor(sum(torch.stack(losses).tolist()) / words)
+        perplexity = mean_loss.exp().item()  # infinite, not an error, where training diverged
     return torch.cat(logits).cpu()[back], torch.cat(states).cpu()[back], perplexity
 
 
@@ -912,7 +912,9 @@ def print_table(record, args):
     known = [name for name in titles if record["metrics"]["test"].get(name) is not None]
     print(f"\n{'data: ' + config['data']:<31}" + "".join(f"{titles[name]:<12}" for name in known))
     for label, metrics in rows.items():
-        print(f"{label:<31}" + "".join(f"{metrics['test'][name]:<12.4f}" for name in known))
+        values = [metrics["test"][name] for name in known]
+        print(f"{label:<31}" + "".join(f"{'-' if value is None else f'{value:.4f}':<12}"
+                                       for value in values))
     if config["kd"] and len(rows) == 2:
         print(f"to see what teaching changed, train the untaught twin: {args.twin_command}")
 
