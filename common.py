@@ -269,19 +269,29 @@ def finished_run(directory, config, force=False, remedy="use --force or another 
     return record
 
 
-def table_rows(record, twin, twin_directory):
-    """{"teacher cnn", "student mlp", "untaught mlp": metrics}, the last where that run is there.
+def print_table(record, twin, twin_directory, twin_command, titles):
+    """Metrics of teacher, student and the student's untaught twin, a block for each test set.
 
-    twin: the configuration of the student's untaught twin.
+    twin: the twin's configuration; where that run isn't there, `twin_command` is shown instead.
+    titles: {metric: column title}; metrics without a value are left out.
     """
     config, rows = record["config"], {}
     if config["kd"]:
         rows[f"teacher {config['teacher']}"] = record["teacher_metrics"]
     rows[f"student {config['student']}"] = record["metrics"]
-    twin_record = load_run(twin_directory)
-    if config["kd"] and twin_record is not None and twin_record["config"] == twin:
+    twin_record = load_run(twin_directory) if config["kd"] else None
+    if twin_record is not None and twin_record["config"] == twin:
         rows[f"untaught {config['student']}"] = twin_record["metrics"]
-    return rows
+    for test, metrics in record["metrics"].items():
+        known = [name for name in titles if metrics.get(name) is not None]
+        columns = "".join(f"{titles[name]:<12}" for name in known)
+        print(f"\n{config['data'] + ', ' + test:<32}{columns}")
+        for label, tests in rows.items():
+            values = [tests[test][name] for name in known]
+            cells = ("-" if value is None else f"{value:.4f}" for value in values)
+            print(f"{label:<32}" + "".join(f"{cell:<12}" for cell in cells))
+    if len(rows) == 2:
+        print(f"\nto see what teaching changed, train the untaught twin: {twin_command}")
 
 
 # ---- Seeds, device, precision ------------------------------------------------------------------

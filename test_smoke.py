@@ -250,18 +250,12 @@ def test_progress_says_how_long(capsys, monkeypatch):
 
 @pytest.mark.parametrize("script, arguments, expected", [
     (mnist, ["--student", "rnn"], "invalid choice"),
-    (mnist, ["--nonsense"], "unrecognized"),
     (mnist, ["--teacher", "cnn"], "--teacher has no effect without --kd"),
-    (mnist, ["--temperature", "2"], "--temperature has no effect without --kd"),
     (mnist, ["--kd", "--seed", "3", "--teacher-seed", "3"], "twin"),
     (mnist, ["--epochs", "1.5"], "--epochs"),
-    (mnist, ["--lr", "nan"], "--lr"),
+    (mnist, ["--kd", "--alpha", "nan"], "--alpha"),
     (mnist, ["--lr", "1e9"], "try a lower --lr"),
-    (mnist, ["--kd", "--temperature", "0"], "--temperature"),
-    (mnist, ["--kd", "--alpha", "1.1"], "--alpha"),
     (mnist, ["--device", "cuda:99"], "--device cuda:99"),
-    (mnist, ["--device", "abacus"], "--device abacus"),
-    (mnist, ["--data-dir", "no/such/folder"], "no such folder"),
     (mnist, ["--out", "/proc/runs"], "another --out"),
     (sva, ["--objective", "lm", "--student", "transformer"], "needs transformer-seq"),
     (sva, ["--data-dir", "no/such/folder"], "no such folder"),
@@ -379,8 +373,7 @@ def test_mnist_files_are_read(mnist_files):
 
 
 @pytest.mark.parametrize("names", [
-    ["train-images-idx3-ubyte"], ["train-images-idx3-ubyte", "t10k-images-idx3-ubyte"],
-    ["train-images-idx3-ubyte", "train-labels-idx1-ubyte"]])
+    ["train-images-idx3-ubyte"], ["train-images-idx3-ubyte", "t10k-images-idx3-ubyte"]])
 def test_damaged_mnist_files_are_reported(mnist_files, tmp_path, capfd, names):
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
@@ -516,7 +509,7 @@ def test_finished_run_is_not_repeated_and_repeats_exactly(grid, tmp_path, capsys
     assert common.load_run(directory)["metrics"] == json.loads(before)["metrics"]
 
 
-@pytest.mark.parametrize("examples, epochs", [(60, 1), (60, 3), (60, 4), (60, 5)])
+@pytest.mark.parametrize("examples, epochs", [(60, 1), (60, 4)])
 def test_few_steps_are_enough_for_the_schedule(tmp_path, examples, epochs):
     mnist(*QUICK, "--examples", examples, "--batch-size", 50, "--epochs", epochs, "--quiet",
           "--out", tmp_path)
@@ -746,6 +739,7 @@ def test_agreement_metrics_by_hand():
 
 # ---- SVA: files of Linzen et al. -----------------------------------------------------------------
 
+NUMPRED = sorted(f"numpred.{name}" for name in ("train", "val", *(f"test.{k}" for k in range(6))))
 HEAD = "sentence\tverb_pos\tsubj_index\tverb_index\tn_diff_intervening\tdistance"
 TABLE = "agr_50_mostcommon_10K.tsv"
 
@@ -759,10 +753,9 @@ def write_table(path, rows=None):
 
 
 def write_before_verbs(folder, leave_out=()):
-    for name in ("train", "val", *(f"test.{k}" for k in range(6))):
-        if name not in leave_out:
-            lines = [f"VBZ\tthe key near {name[:4]}\n", f"VBP\tthe keys near {name[:4]}\n"] * 40
-            (folder / f"numpred.{name}").write_text("".join(lines))
+    for name in set(NUMPRED) - set(leave_out):
+        lines = [f"VBZ\tthe key near {name[8:]}\n", f"VBP\tthe keys near {name[8:]}\n"] * 40
+        (folder / name).write_text("".join(lines))
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -790,12 +783,12 @@ def test_words_before_the_verb_are_read(tmp_path):
 
 @pytest.mark.parametrize("damage, expected", [
     (lambda f: write_table(f / TABLE, ["a b\tVBZ\t1\t2\t0\t1", "broken"]), "line 3"),
-    (lambda f: (f / TABLE).write_text("sentence\tverb_pos\n"), "no column verb_index"),
     (lambda f: (f / TABLE).write_text(""), "is empty"),
     (lambda f: (f / TABLE).write_bytes(f"{HEAD}\n".encode() + b"\xff\xfe\n"), "not UTF-8"),
     (lambda f: (f / f"{TABLE}.gz").write_bytes(b"not gzip"), "can't be read"),
     (lambda f: (write_before_verbs(f), (f / "numpred.val").write_text("VBZ\ta\nVBX\n")), "line 2"),
-    (lambda f: write_before_verbs(f, ("train", "test.3")), "no numpred.train, numpred.test.3"),
+    (lambda f: write_before_verbs(f, ("numpred.train", "numpred.test.3")),
+     "no numpred.train, numpred.test.3"),
 ])
 def test_damaged_sentence_files_are_reported(tmp_path, capfd, damage, expected):
     damage(tmp_path)
@@ -804,61 +797,58 @@ def test_damaged_sentence_files_are_reported(tmp_path, capfd, damage, expected):
     assert_refused(capfd, sva, command, expected)
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Plays each way in which a download can go."""
-
-    files = {}
-
-    def do_GET(self):
-        if self.path == "/hangs":
-            time.sleep(1.5)
-            return
-        content = self.files.get(self.path, b"<html>gone</html>")
-        cut = self.path == "/cut"
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content) + 1000 * cut))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """Addresses of a table, an archive, and of what can go wrong."""
+    """The address of a server that plays each way in which a download can go."""
     folder = tmp_path_factory.mktemp("server")
     write_table(folder / f"{TABLE}.gz")
     write_before_verbs(folder)
-    with tarfile.open(folder / "archive", "w:gz") as archive:
+    with tarfile.open(folder / "a.tar.gz", "w:gz") as archive:
         for path in sorted(folder.glob("numpred.*")):
             archive.add(path, f"../../{path.name}")
         archive.add(folder / f"{TABLE}.gz", "/tmp/not-asked-for")
-    table, packed = (folder / f"{TABLE}.gz").read_bytes(), (folder / "archive").read_bytes()
-    Server.files = {"/table": table, "/archive": packed, "/cut": table[:-50],
-                    "/archive-cut": packed[:-50]}
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=folder)
+
+        def do_GET(self):
+            fault, _, self.path = self.path[1:].partition("/")
+            found = b"<html>gone</html>" if fault == "html" else (folder / self.path).read_bytes()
+            if fault == "hangs":
+                return time.sleep(1.5)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(found)))
+            self.end_headers()
+            self.wfile.write(found[:-50] if fault == "cut" else found)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
 
-@pytest.mark.parametrize("first", ["/page.html", "/cut", "/hangs", "refused", "/archive-cut"])
-@pytest.mark.parametrize("second", ["/table", "/archive", "/page.html"])
+@pytest.mark.parametrize("first, second", [
+    ("html/table", "whole/archive"), ("cut/table", "whole/archive"), ("hangs/table", "whole/table"),
+    ("refused/table", "whole/table"), ("cut/archive", "whole/table"), ("cut/table", "html/archive"),
+])
 def test_sentences_are_fetched_whole_or_not_at_all(server, tmp_path, monkeypatch, capfd, first,
                                                    second):
-    if first == "refused":
-        first = "http://127.0.0.1:9"
-    names = {"/table": f"{TABLE}.gz", "/archive": "a.tar.gz", "/archive-cut": "a.tar.gz"}
-    sources = [(address if address.startswith("http") else server + address,
-                names.get(address, f"{TABLE}.gz")) for address in (first, second)]
+    names, sources = {"table": f"{TABLE}.gz", "archive": "a.tar.gz"}, []
+    for source in (first, second):
+        fault, kind = source.split("/")
+        address = "http://127.0.0.1:9" if fault == "refused" else server
+        sources.append((f"{address}/{fault}/{names[kind]}", names[kind]))
     monkeypatch.setattr(train_sva, "SOURCES", sources)
     monkeypatch.setattr(train_sva, "TIMEOUT", 0.5)
     folder = tmp_path / "data"
-    folder.mkdir()
     command = ["--data", "linzen", "--data-dir", folder, "--out", tmp_path / "runs", "--epochs", 1,
                "--student", "lstm-small", "--quiet", "--device", "cpu"]
-    if second == "/page.html":
+    folder.mkdir()
+    if second.startswith("html"):
         with pytest.raises(SystemExit) as end:
             sva(*command)
         lines = capfd.readouterr().err.splitlines()
@@ -867,9 +857,8 @@ def test_sentences_are_fetched_whole_or_not_at_all(server, tmp_path, monkeypatch
         return
     sva(*command)
     assert common.load_run(tmp_path / "runs" / "sva-linzen" / "lstm-small" / "seed0")
-    expected = [f"{TABLE}.gz"] if second == "/table" else sorted(
-        f"numpred.{name}" for name in ("train", "val", *(f"test.{k}" for k in range(6))))
-    assert sorted(path.name for path in folder.iterdir()) == expected
+    fetched = sorted(path.name for path in folder.iterdir())
+    assert fetched == ([f"{TABLE}.gz"] if second == "whole/table" else NUMPRED)
 
 
 def test_examples_are_drawn_once(tmp_path, capfd):
@@ -1107,30 +1096,20 @@ def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd)
     (out / "cnn-to-mlp" / "seed0" / "run.json").write_text('{"config": ')
     (out / "mlp-to-mlp" / "seed0" / "outputs.npz").write_bytes(b"PK")
     (out / "cnn-to-cnn" / "seed0" / "model.pt").unlink()
-    (out / "mlp-to-cnn" / "seed0" / "run.json").unlink()
     record = common.load_run(out / "mlp" / "seed0")
     record["environment"]["precision"] = "float7"
     common.write_json(out / "mlp" / "seed0" / "run.json", record)
-    other = {"student": "mlp", "task": "chess"}
-    unknown = record["config"] | {"student": "perceptron"}
-    for name, config in {"other-task": other, "other-keys": {"student": "mlp", "task": "mnist"},
-                         "perceptron": unknown, "copy": record["config"]}.items():
+    for name, config in {"chess": {"student": "mlp", "task": "chess"}, "copy": record["config"],
+                         "other": record["config"] | {"examples": 300}}.items():
         shutil.copytree(out / "mlp" / "seed0", out / name / "seed0")
         common.write_json(out / name / "seed0" / "run.json", record | {"config": config})
-    shutil.copytree(out / "perceptron" / "seed0", out / "perceptron" / "seed1")
-    record["config"] = unknown | {"seed": 1}
-    common.write_json(out / "perceptron" / "seed1" / "run.json", record)
-    mnist("--student", "mlp", *QUICK, "--examples", 300, "--seed", 7, "--out", tmp_path / "runs",
-          "--quiet")
     analyze_here(tmp_path / "runs", "--json", tmp_path / "numbers" / "all.json")
     stdout, stderr = capfd.readouterr()
-    # Other examples: a group of its own.
-    assert stderr == "" and stdout.count("**(a)") == 2
+    assert stderr == "" and stdout.count("**(a)") == 2  # other examples: a group of its own
     missing = stdout[stdout.index("## What is missing"):].splitlines()
     for expected in ("left out:.*cnn-to-mlp.*damaged", "left out:.*mlp-to-mlp.*damaged",
-                     "no barrier for cnn-to-cnn", "left out:.*other-task", "left out:.*other-keys",
-                     "is a second mlp of seed 0", "no barrier for perceptron",
-                     "different precision"):
+                     "no barrier for cnn-to-cnn", "left out:.*chess",
+                     "is a second mlp of seed 0", "different precision"):
         assert any(re.search(expected, line) for line in missing), (expected, missing)
     assert json.loads((tmp_path / "numbers" / "all.json").read_text())["missing"]
 

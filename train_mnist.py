@@ -422,21 +422,6 @@ def run_directory(config, args):
     return args.out / root / common.run_name(config) / f"seed{config['seed']}"
 
 
-def print_table(record, args):
-    """Accuracy, ECE and NLL of teacher, student and the student's untaught twin."""
-    config = record["config"]
-    twin = plain_config(config["student"], config["seed"], config["data"], args)
-    rows = common.table_rows(record, twin, run_directory(twin, args))
-    print(f"\n{'data: ' + config['data']:<17}" + "".join(f"{name:<26}" for name in TESTS))
-    print(" " * 17 + f"{'accuracy':<10}{'ECE':<8}{'NLL':<8}" * len(TESTS))
-    for label, metrics in rows.items():
-        cells = [f"{m['accuracy']:<10.4f}{m['ece']:<8.4f}{m['nll']:<8.4f}"
-                 for m in (metrics[name] for name in TESTS)]
-        print(f"{label:<17}" + "".join(cells))
-    if config["kd"] and len(rows) == 2:
-        print(f"to see what teaching changed, train the untaught twin: {args.twin_command}")
-
-
 def main(argv=None):
     args = parse_arguments(argv)
     args.device = common.choose_device(args.device)
@@ -465,7 +450,9 @@ def main(argv=None):
         print(f"{directory} is finished already ({environment['finished']}, "
               f"{environment['hardware']}, {environment['precision']}); --force repeats it")
     if not args.quiet:
-        print_table(record, args)
+        twin = plain_config(args.student, args.seed, source, args)
+        common.print_table(record, twin, run_directory(twin, args), args.twin_command,
+                           {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL"})
 
 
 if __name__ == "__main__":

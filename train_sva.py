@@ -855,9 +855,7 @@ def find_data(source, data_dir):
 
 
 def check_data(data_dir):
-    """"linzen" where the sentences are there or can be fetched, else "synthetic"; for run_all.sh.
-
-    UserError where the files are there but damaged.
+    """For run_all.sh: "linzen" where the sentences can be had, else "synthetic"; damaged files end it.
     """
     folder = Path(data_dir)
     if not find_linzen(folder):
@@ -901,24 +899,6 @@ def precision(config, args):
     return "bfloat16, LSTM layers float32" if args.device.type == "cuda" and lstm else "bfloat16"
 
 
-def print_table(record, args):
-    """Accuracies, ECE, NLL and perplexity of teacher, student and the student's untaught twin."""
-    config = record["config"]
-    twin = plain_config(config["student"], config["seed"], config["data"], args)
-    rows = common.table_rows(record, twin, run_directory(twin, args))
-    titles = {"accuracy": "accuracy", "a_accuracy": "A-accuracy", "d_accuracy": "D-accuracy",
-              "ece": "ECE", "nll": "NLL", "perplexity": "perplexity"}
-    # D-accuracy is unknown in numpred.*, perplexity for classifiers.
-    known = [name for name in titles if record["metrics"]["test"].get(name) is not None]
-    print(f"\n{'data: ' + config['data']:<31}" + "".join(f"{titles[name]:<12}" for name in known))
-    for label, metrics in rows.items():
-        values = [metrics["test"][name] for name in known]
-        print(f"{label:<31}" + "".join(f"{'-' if value is None else f'{value:.4f}':<12}"
-                                       for value in values))
-    if config["kd"] and len(rows) == 2:
-        print(f"to see what teaching changed, train the untaught twin: {args.twin_command}")
-
-
 def main(argv=None):
     args = parse_arguments(argv)
     args.device = common.choose_device(args.device)
@@ -954,7 +934,10 @@ def main(argv=None):
         print(f"{directory} is finished already ({environment['finished']}, "
               f"{environment['hardware']}, {environment['precision']}); --force repeats it")
     if not args.quiet:
-        print_table(record, args)
+        twin = plain_config(args.student, args.seed, source, args)
+        common.print_table(record, twin, run_directory(twin, args), args.twin_command, {
+            "accuracy": "accuracy", "a_accuracy": "A-accuracy", "d_accuracy": "D-accuracy",
+            "ece": "ECE", "nll": "NLL", "perplexity": "perplexity"})
 
 
 if __name__ == "__main__":
