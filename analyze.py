@@ -7,6 +7,7 @@ Accuracy, calibration and perplexity are those in each run.json. Comparisons of 
 outputs.npz, barriers from model.pt. What is missing is named at the end, the rest is done.
 """
 
+import copy
 import itertools
 import math
 import statistics
@@ -33,6 +34,7 @@ COMPARED_EXAMPLES = 10_000  # of each test, for comparisons of two models
 BARRIER_POINTS = 21
 # Of training and test each, and at most a 48th of the training set; a compromise with time.
 BARRIER_EXAMPLES = {"mnist": 500, "sva": 250}
+KEPT = ("config", "history", "metrics", "timing", "environment")  # of run.json, in --json
 MARGIN = 0.05  # a change of CKA below this counts as little
 
 # Abnar et al. 2020: accuracy, then ECE, on the test digits, scaled, translated.
@@ -171,10 +173,9 @@ class Group(NamedTuple):
         return kinds
 
 
-def read_run(folder):
+def read_run(folder, record):
     """(Run, {test: labels of its compared examples})."""
-    record, outputs = common.load_run(folder), common.load_outputs(folder)
-    config, answers, labels = record["config"], {}, {}
+    config, outputs, answers, labels = record["config"], common.load_outputs(folder), {}, {}
     for test in TESTS[config["task"]]:
         logits = outputs[f"{test}_logits"]
         generator = torch.Generator().manual_seed(0)
@@ -201,19 +202,20 @@ DATA_FIELDS = ("task", "objective", "data", "examples", "bytes")  # equal within
 
 def load_groups(root, problems):
     """Yield one Group at a time, to spare memory; `problems` gets a line for what is left out."""
-    folders = {}
+    records = {}
     for folder in common.find_runs(root):
         try:
-            config = common.load_run(folder)["config"]
-            data = [config.get(field) for field in DATA_FIELDS]
-            folders.setdefault((str(folder.parent.parent), str(data)), []).append(folder)
+            record = common.load_run(folder)
+            data = [record["config"].get(field) for field in DATA_FIELDS]
+            group = records.setdefault((str(folder.parent.parent), str(data)), {})
+            group[folder] = record
         except common.UserError as error:
             problems.append(f"left out: {error}")
-    for (parent, _), members in sorted(folders.items()):
+    for (parent, _), members in sorted(records.items()):
         runs, labels = {}, {}
-        for folder in members:
+        for folder, record in members.items():
             try:
-                run, labels_of_run = read_run(folder)
+                run, labels_of_run = read_run(folder, record)
             except common.UserError as error:
                 problems.append(f"left out: {error}")
                 continue
@@ -232,8 +234,7 @@ def load_groups(root, problems):
         title = {"mnist": "MNIST", "sva": "Subject-verb agreement"}[config["task"]]
         if config.get("objective") == "lm":
             title += ", language models"
-        title += f", data: {config['data']}, {config['examples']:,} training examples"
-        group = Group(title, config["task"], config, runs, labels, {})
+        group = Group(f"{title}, data: {config['data']}", config["task"], config, runs, labels, {})
         note_gaps(group, parent, problems)
         yield group
 
@@ -415,40 +416,40 @@ def barrier_pairs(group):
     return pairs
 
 
+def measure_pair(label, a, b, build, measure):
+    """{"pair", "runs", and BARRIER_POINTS values of "train_loss", "train_accuracy" ...}."""
+    model, other = (common.load_weights(build(run.config["student"]), run.folder)
+                    for run in (a, b))
+    points = interpolate(model, copy.deepcopy(model.state_dict()), other.state_dict(), measure)
+    names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    return {"pair": label, "runs": [f"{run.name}/seed{run.seed}" for run in (a, b)],
+            **dict(zip(names, map(list, zip(*points))))}
+
+
 def measure_barriers(group, data_dir, device, problems):
-    """[{"pair", "runs", and 21 values of "train_loss", "train_accuracy", "test_loss" ...}]"""
+    """What measure_pair returns for each of barrier_pairs."""
     pairs, results = barrier_pairs(group), []
+    if not pairs:
+        return []
     try:
-        if pairs:
-            prepare = {"mnist": mnist_measure, "sva": sva_measure}[group.task]
-            build, measure = prepare(group, data_dir, device)
+        prepare = {"mnist": mnist_measure, "sva": sva_measure}[group.task]
+        build, measure = prepare(group, data_dir, device)
     except common.UserError as error:
         problems.append(f"no barriers for {group.title}: {error} (--data-dir: where the data are)")
         return []
-
-    def measure_pair(pair):
-        label, a, b = pair
-        try:
-            states = []
-            for run in (a, b):
-                model = common.load_weights(build(run.config["student"]), run.folder)
-                states.append({name: value.clone() for name, value in model.state_dict().items()})
-        except (common.UserError, KeyError) as error:
-            problems.append(f"no barrier for {label}, seed {b.seed}: {error}")
-            return None
-        curves = zip(*interpolate(model, *states, measure))
-        names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-        return {"pair": label, "runs": [f"{run.name}/seed{run.seed}" for run in (a, b)],
-                **dict(zip(names, map(list, curves)))}
 
     # The models are small: a pair on each core is faster than one pair on all of them.
     threads = torch.get_num_threads()
     workers = threads if device.type == "cpu" else 1
     torch.set_num_threads(threads // workers)
     with ThreadPoolExecutor(workers) as pool:
-        for done, result in enumerate(pool.map(measure_pair, pairs), 1):
+        futures = [pool.submit(measure_pair, *pair, build, measure) for pair in pairs]
+        for done, ((label, _, run), future) in enumerate(zip(pairs, futures), 1):
             live(f"{group.title}: barrier {done}/{len(pairs)}")
-            results += [result] if result else []
+            try:
+                results.append(future.result())
+            except (common.UserError, KeyError) as error:
+                problems.append(f"no barrier for {label}, seed {run.seed}: {error}")
     torch.set_num_threads(threads)
     live("")
     return results
@@ -690,6 +691,23 @@ def print_claims(claims):
               "SEEDS=3 ./run_all.sh makes them testable.\n")
 
 
+def accuracy_of(group, run):
+    """Accuracy out of distribution; of sentences the A-accuracy."""
+    name = "accuracy" if group.task == "mnist" else "a_accuracy"
+    tests = OUT_OF_DISTRIBUTION[group.task]
+    return statistics.fmean(run.record["metrics"][test][name] for test in tests)
+
+
+def print_data_sizes(title, accuracies):
+    """Table (h). accuracies: {run name: {training examples: [accuracy]}}."""
+    sizes = sorted({size for by_size in accuracies.values() for size in by_size})
+    rows = [[kind, *(mean_and_spread(by_size.get(size, [])) for size in sizes)]
+            for kind, by_size in accuracies.items() if len(by_size) > 1]
+    print(f"\n## {title}\n")
+    print_table("**(h) Training examples**: accuracy out of distribution (sentences: A-accuracy), "
+                "mean ± standard deviation over seeds.", ["run", *map("{:,}".format, sizes)], rows)
+
+
 # ---- Figures -------------------------------------------------------------------------------------
 
 # Told apart in grey by line and marker too.
@@ -714,12 +732,17 @@ def import_pyplot():
     return plt
 
 
+def names_of_roles(weak):
+    """{role: run name} of what a figure about the student `weak` shows."""
+    strong = STRONGER[weak]
+    return {"plain": weak, "self": f"{weak}-to-{weak}", "taught": f"{strong}-to-{weak}",
+            "strong": strong}
+
+
 def roles_of(group, weak):
-    """{role: [runs]} of what a figure about the student `weak` shows."""
-    strong, kinds = STRONGER[weak], group.kinds()
-    names = {"plain": weak, "self": f"{weak}-to-{weak}", "taught": f"{strong}-to-{weak}",
-             "strong": strong}
-    return {role: kinds[name] for role, name in names.items() if name in kinds}
+    """{role: [runs]} of a figure about the student `weak`."""
+    kinds = group.kinds()
+    return {role: kinds[name] for role, name in names_of_roles(weak).items() if name in kinds}
 
 
 def panels(plt, titles, width):
@@ -780,8 +803,7 @@ def plot_paths(plt, group, weak):
 
 def plot_barriers(plt, group, weak, barriers):
     """Training loss and accuracy on the straight way between two runs, mean over pairs."""
-    labels = {"self": f"{weak}-to-{weak}", "taught": f"{STRONGER[weak]}-to-{weak}",
-              "plain": f"{weak}, two seeds"}
+    labels = names_of_roles(weak) | {"plain": f"{weak}, two seeds"}
     figure, axes = panels(plt, ["training loss (nats)", "training accuracy"], 2.8)
     for axis, name in zip(axes, ("train_loss", "train_accuracy")):
         for role, label in labels.items():
@@ -811,9 +833,25 @@ def plot_attractors(plt, group):
     return figure
 
 
-def save_plots(group, barriers, folder):
-    """Write the group's figures to `folder`; return how many."""
-    plt = import_pyplot()
+def plot_data_sizes(plt, accuracies):
+    """Accuracy over training examples, mean and standard deviation over seeds; see table (h)."""
+    students = [weak for weak in STRONGER if len(accuracies.get(weak, [])) > 1]
+    figure, axes = panels(plt, students, 2.8)
+    for axis, weak in zip(axes, students):
+        for role, name in names_of_roles(weak).items():
+            points = sorted(accuracies.get(name, {}).items())
+            means = [statistics.fmean(values) for _, values in points]
+            spreads = [statistics.stdev(values) if values[1:] else 0 for _, values in points]
+            axis.errorbar([size for size, _ in points], means, spreads, **STYLES[role],
+                          capsize=2, label=name)
+        axis.set(xlabel="training examples", xscale="log")
+        axis.legend(fontsize=6)
+    axes[0].set_ylabel("accuracy out of distribution")
+    return figure
+
+
+def plot_group(plt, group, barriers):
+    """{name: figure} of one group."""
     figures = {}
     for weak in STRONGER:
         if "plain" in roles_of(group, weak):
@@ -823,11 +861,14 @@ def save_plots(group, barriers, folder):
                 figures[f"barriers-{weak}"] = plot_barriers(plt, group, weak, barriers)
     if group.task == "sva" and figures:
         figures["attractors"] = plot_attractors(plt, group)
-    stem = next(iter(group.runs.values())).folder.parts[-3]
+    return figures
+
+
+def save_figures(plt, figures, folder, stem):
     for name, figure in figures.items():
         figure.savefig(folder / f"{stem}-{name}.png")
         plt.close(figure)
-    return len(figures)
+    print(f"{len(figures)} figures written to {folder}\n")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -853,23 +894,34 @@ def main(argv=None):
     if args.json:
         common.make_folder(args.json.parent, "--json")
     if args.plots:
-        import_pyplot()
+        plt = import_pyplot()
         common.make_folder(args.plots, "--plots")
-    problems, results = [], []
+    problems, results, studies = [], [], {}
     for group in load_groups(args.runs, problems):
         barriers = measure_barriers(group, args.data_dir, device, problems)
         claims = test_claims(group, barriers)
-        print(f"\n## {group.title}\n")
+        examples = group.config["examples"]
+        title = f"{group.title}, {examples:,} training examples"
+        print(f"\n## {title}\n")
         print_answer(claims)
         tables = print_tables(group, barriers)
         print_claims(claims)
+        runs = list(group.runs.values())
+        place = runs[0].folder.parts[-3]  # such as sva-lm-linzen
         if args.plots:
-            print(f"{save_plots(group, barriers, args.plots)} figures written to {args.plots}\n")
-        runs = [{"name": run.name, "seed": run.seed, "config": run.config,
-                 "metrics": run.record["metrics"], "timing": run.record.get("timing"),
-                 "environment": run.record.get("environment")} for run in group.runs.values()]
-        results.append({"title": group.title, "claims": claims, "tables": tables,
-                        "barriers": barriers, "runs": runs})
+            figures = plot_group(plt, group, barriers)
+            save_figures(plt, figures, args.plots, f"{place}-{examples}")
+        for run in runs:
+            by_size = studies.setdefault(place, {}).setdefault(run.name, {})
+            by_size.setdefault(examples, []).append(accuracy_of(group, run))
+        results.append({"title": title, "claims": claims, "tables": tables, "barriers": barriers,
+                        "runs": [{key: run.record.get(key) for key in KEPT} for run in runs]})
+    for place, accuracies in studies.items():
+        if any(len(accuracies.get(weak, [])) > 1 for weak in STRONGER):
+            print_data_sizes(place, accuracies)
+            if args.plots:
+                figures = {"data-sizes": plot_data_sizes(plt, accuracies)}
+                save_figures(plt, figures, args.plots, place)
     if not results:
         problems.append(f"{args.runs} has no finished run: try ./run_all.sh --quick")
     if problems:

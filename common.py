@@ -8,7 +8,6 @@ import argparse
 import json
 import math
 import platform
-import random
 import shlex
 import shutil
 import sys
@@ -294,14 +293,7 @@ def print_table(record, twin, twin_directory, twin_command, titles):
         print(f"\nto see what teaching changed, train the untaught twin: {twin_command}")
 
 
-# ---- Seeds, device, precision ------------------------------------------------------------------
-
-
-def seed_everything(seed):
-    """Seed Python, numpy and torch (all devices), so that what follows depends on `seed` alone."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+# ---- Device, precision -------------------------------------------------------------------------
 
 
 def choose_device(name="auto"):

@@ -1106,6 +1106,10 @@ def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd)
     analyze_here(tmp_path / "runs", "--json", tmp_path / "numbers" / "all.json")
     stdout, stderr = capfd.readouterr()
     assert stderr == "" and stdout.count("**(a)") == 2  # other examples: a group of its own
+    accuracies = [np.mean([record["metrics"][test]["accuracy"] for test in ("scaled", "translated")])
+                  for record in (common.load_run(out / "other" / "seed0"), record)]
+    assert re.search(r"\(h\).*\n\n.*300 .*600", stdout)
+    assert f"| mlp | {accuracies[0]:.3f}" in re.sub(" +", " ", stdout)
     missing = stdout[stdout.index("## What is missing"):].splitlines()
     for expected in ("left out:.*cnn-to-mlp.*damaged", "left out:.*mlp-to-mlp.*damaged",
                      "no barrier for cnn-to-cnn", "left out:.*chess",

@@ -11,7 +11,6 @@ model.pt in runs/sva-<data>/<run name>/seed<k>/ (runs/sva-lm-<data> for language
 Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 """
 
-import functools
 import gzip
 import itertools
 import random
@@ -173,7 +172,7 @@ MODELS = {
 
 def build_model(name, seed, words, objective, device):
     """A new model for a vocabulary of `words` words; its weights depend on (name, seed) alone."""
-    common.seed_everything(seed)
+    torch.manual_seed(seed)
     tokens = words + END + 1
     return MODELS[name](tokens, tokens if objective == "lm" else 2).to(device)
 
@@ -473,6 +472,13 @@ def counterpart(verb, plural, vocabulary):
     return next((form for form in candidates if form in vocabulary and form.isalpha()), None)
 
 
+def tokens_of_forms(singular, plural, vocabulary):
+    """Tokens of a verb's two forms, of which one may be None; None where it isn't known."""
+    singular = singular or counterpart(plural, True, vocabulary)
+    plural = plural or counterpart(singular, False, vocabulary)
+    return vocabulary.get(singular), vocabulary.get(plural)
+
+
 # ---- Tensors: all sentences of a split end to end in one row of tokens ---------------------------
 
 
@@ -515,26 +521,21 @@ def encode(sentences, vocabulary, objective):
     A classifier reads the words before the verb; a language model START, the whole sentence, END.
     """
     tokens, columns, left_out = array("i"), array("q"), 0
-
-    @functools.cache  # a table has few verbs
-    def complete(forms):
-        verb, plural = forms[0] or forms[1], forms[0] is None
-        return [form or counterpart(verb, plural, vocabulary) for form in forms]
-
+    both_forms = {forms: tokens_of_forms(*forms, vocabulary)
+                  for forms in {sentence.forms for sentence in sentences}}  # few: once for each
     for text, verb, plural, attractors, distance, forms in sentences:
-        words = text.split()
-        if objective == "lm":
-            forms = complete(forms)
-            unknown_form = forms[0] not in vocabulary or forms[1] not in vocabulary
-        if len(words) > LONGEST_SENTENCE or (objective == "lm" and unknown_form):
+        words, forms, start = text.split(), both_forms[forms], len(tokens)
+        if len(words) > LONGEST_SENTENCE or (objective == "lm" and None in forms):
             left_out += 1
             continue
-        start = len(tokens)
-        read = words if objective == "lm" else words[:verb]
-        numbers = map(vocabulary.get, read, itertools.repeat(UNKNOWN))
-        tokens.extend((START, *numbers, END) if objective == "lm" else numbers)
+        if objective == "lm":
+            tokens.append(START)
+            tokens.extend(vocabulary.get(word, UNKNOWN) for word in words)
+            tokens.append(END)
+        else:
+            tokens.extend(vocabulary.get(word, UNKNOWN) for word in words[:verb])
         columns.extend((start, len(tokens) - start, verb, plural, attractors, distance,
-                        *(vocabulary.get(form, UNKNOWN) for form in forms)))
+                        *(form or UNKNOWN for form in forms)))
     columns = torch.from_numpy(np.array(columns, dtype=np.int64)).view(-1, 8)
     tokens = torch.from_numpy(np.array(tokens, dtype=np.int32))
     return Split(tokens, *columns[:, :6].T.contiguous(), columns[:, 6:].contiguous()), left_out
@@ -735,7 +736,7 @@ def run(config, data, described, args, force=False):
     history, training_seconds = [], 0.0
     snapshots = {0: evaluate(student, data["probe"], objective, args.amp)[1]}
     # Dropout and the order of the batches depend on the seed alone: twins see the same batches.
-    common.seed_everything(config["seed"])
+    torch.manual_seed(config["seed"])
     order = torch.Generator().manual_seed(config["seed"])
 
     for epoch in range(1, config["epochs"] + 1):
