@@ -30,12 +30,14 @@ MODELS = ["mlp", "cnn", "transformer", "transformer-seq", "transformer-seq-small
           "lstm-small", "lstm"]
 TESTS = {"mnist": ("test", "scaled", "translated"), "sva": ("test",)}
 OUT_OF_DISTRIBUTION = {"mnist": ("scaled", "translated"), "sva": ("test",)}
+ACCURACY = {"mnist": "accuracy", "sva": "a_accuracy"}  # the one that asks for the bias
+DATA_FIELDS = ("task", "objective", "data", "examples", "bytes")  # equal within a group
 COMPARED_EXAMPLES = 10_000  # of each test, for comparisons of two models
 BARRIER_POINTS = 21
 # Of training and test each, and at most a 48th of the training set; a compromise with time.
 BARRIER_EXAMPLES = {"mnist": 500, "sva": 250}
-KEPT = ("config", "history", "metrics", "timing", "environment")  # of run.json, in --json
 MARGIN = 0.05  # a change of CKA below this counts as little
+KEPT = ("config", "history", "metrics", "timing", "environment")  # of run.json, in --json
 
 # Abnar et al. 2020: accuracy, then ECE, on the test digits, scaled, translated.
 PAPER_MNIST = {
@@ -47,38 +49,14 @@ PAPER_MNIST = {
 }
 
 
-# The claims that make the answer; see claims_about.
-HEADLINES = ("teaching improves accuracy", "... more than self-distillation",
-             "teaching improves calibration (ECE)", "errors nearer to other strong models (kappa)")
-
-
 # ---- Statistics ----------------------------------------------------------------------------------
 
 
-def t_probability(t, degrees):
-    """P(|T| < t) for Student's t with `degrees` (1, 2, ...) degrees of freedom.
-
-    Abramowitz & Stegun 1964, eq. 26.7.3 and 26.7.4: a finite sum for whole degrees.
-    """
-    angle = math.atan(t / math.sqrt(degrees))
-    odd = degrees % 2
-    term = total = math.cos(angle) if odd else 1.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= math.cos(angle) ** 2 * (k - 1) / k
-        total += term
-    total *= math.sin(angle)
-    if not odd:
-        return total
-    return 2 / math.pi * (angle + (total if degrees > 1 else 0))
-
-
-def t_quantile(degrees):
-    """The t with P(|T| < t) = 0.95, such as 12.706 for one degree of freedom; by bisection."""
-    low, high = 0.0, 20.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_probability(middle, degrees) < 0.95 else (low, middle)
-    return high
+def t_probability(degrees, largest):
+    """(t, P(|T| < t)) for t from 0 to `largest`, T having Student's t distribution."""
+    t = torch.linspace(0, largest, 100_001, dtype=torch.double)
+    density = torch.distributions.StudentT(torch.tensor(degrees, dtype=torch.double)).log_prob(t)
+    return t[1:], 2 * torch.cumulative_trapezoid(density.exp(), t)
 
 
 def t_test(values, margin=0.0):
@@ -92,11 +70,12 @@ def t_test(values, margin=0.0):
     mean = statistics.fmean(values)
     if len(values) < 3:
         return mean, math.nan, math.nan, "untested", math.nan
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = t_quantile(len(values) - 1) * error
+    error = max(statistics.stdev(values) / math.sqrt(len(values)), 1e-12)
+    t, probability = t_probability(len(values) - 1, 20)
+    half = error * t[torch.searchsorted(probability, 0.95)].item()
     low, high = mean - half, mean + half
-    distance = abs(abs(mean) - margin)
-    p = 1 - t_probability(distance / error, len(values) - 1) if error > 0 else 0.0
+    distance = min(abs(abs(mean) - margin) / error, 1000)
+    p = 1 - t_probability(len(values) - 1, distance)[1][-1].item()
     verdict = "inconclusive"
     if low > margin or high < -margin:
         verdict = "supported" if low > margin and not margin else "contradicted"
@@ -130,51 +109,46 @@ def jackknife(pairs):
     return own_mean.mean() + 2 * (n - 1) / (n - 2) * (own_mean - own_mean.mean())
 
 
-def classical_mds(distances, dimensions=2):
-    """Points (n, dimensions) whose distances come closest to `distances` (n, n). Torgerson 1952."""
+def classical_mds(distances):
+    """Points (n, 2) whose distances come closest to `distances` (n, n). Torgerson 1952."""
     n = len(distances)
     centre = torch.eye(n, dtype=torch.double) - 1 / n
     values, vectors = torch.linalg.eigh(-0.5 * centre @ distances.double().square() @ centre)
-    return (vectors * values.clamp(min=0).sqrt())[:, -dimensions:].flip(1)
+    return (vectors * values.clamp(min=0).sqrt())[:, -2:].flip(1)
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
 
 
 class Run(NamedTuple):
-    """One finished run. answers: {test: probabilities (compared examples, classes)}.
-    path: {epoch: representations of the probe examples}."""
+    """One finished run."""
 
     name: str
     seed: int
     folder: Path
     config: dict
     record: dict
-    answers: dict
-    path: dict
+    answers: dict  # {test: probabilities (compared examples, classes)}
+    labels: dict  # {test: (compared examples,)}
+    path: dict  # {epoch: representations of the probe examples}
 
 
 class Group(NamedTuple):
-    """All runs of one task on the same data. labels: {test: labels of the compared examples}.
-    known: comparisons already made, see compare."""
+    """All runs of one task on the same data."""
 
     title: str
     task: str
-    config: dict
+    config: dict  # of one of them
     runs: dict  # {(run name, seed): Run}
-    labels: dict
-    known: dict
+    known: dict  # comparisons already made, see compare
 
     def kinds(self):
         """{run name: [its runs]}."""
-        kinds = {}
-        for (name, _), run in self.runs.items():
-            kinds.setdefault(name, []).append(run)
-        return kinds
+        names = dict.fromkeys(name for name, _ in self.runs)
+        return {name: [run for run in self.runs.values() if run.name == name] for name in names}
 
 
 def read_run(folder, record):
-    """(Run, {test: labels of its compared examples})."""
     config, outputs, answers, labels = record["config"], common.load_outputs(folder), {}, {}
     for test in TESTS[config["task"]]:
         logits = outputs[f"{test}_logits"]
@@ -182,79 +156,65 @@ def read_run(folder, record):
         chosen = torch.randperm(len(logits), generator=generator)[:COMPARED_EXAMPLES]
         answers[test] = logits[chosen].float().softmax(dim=1)
         labels[test] = outputs[f"{test}_labels"][chosen]
-        if not isinstance(record["metrics"][test]["accuracy"], float):
-            raise ValueError(f"accuracy of {test}")
-    path = dict(zip(outputs["probe_epochs"].tolist(), outputs["probe_representations"],
-                    strict=True))
-    name = common.run_name(config)
-    return Run(name, int(config["seed"]), folder, config, record, answers, path), labels
+    path = dict(zip(outputs["probe_epochs"].tolist(), outputs["probe_representations"]))
+    return Run(common.run_name(config), config["seed"], folder, config, record, answers, labels,
+               path)
 
 
-def order_of_kind(name):
+def place_of_kind(run):
     """Sorts by student, the plain runs first, then by teacher."""
-    teacher, _, student = name.removesuffix("-online").rpartition("-to-")
-    places = [MODELS.index(model) if model in MODELS else 99 for model in (student, teacher)]
-    return places[0], teacher != "", places[1], name
-
-
-DATA_FIELDS = ("task", "objective", "data", "examples", "bytes")  # equal within a group
+    student, teacher = run.config["student"], run.config.get("teacher")
+    return MODELS.index(student), MODELS.index(teacher) if teacher else -1, run.name, run.seed
 
 
 def load_groups(root, problems):
     """Yield one Group at a time, to spare memory; `problems` gets a line for what is left out."""
-    records = {}
-    for folder in common.find_runs(root):
+    groups = {}
+    for path in sorted(root.glob("**/seed*/run.json")):
         try:
-            record = common.load_run(folder)
-            data = [record["config"].get(field) for field in DATA_FIELDS]
-            group = records.setdefault((str(folder.parent.parent), str(data)), {})
-            group[folder] = record
+            record = common.load_run(path.parent)
+            data = str([record["config"].get(field) for field in DATA_FIELDS])
+            groups.setdefault((path.parents[2], data), []).append((path.parent, record))
         except common.UserError as error:
             problems.append(f"left out: {error}")
-    for (parent, _), members in sorted(records.items()):
-        runs, labels = {}, {}
-        for folder, record in members.items():
+    for (place, _), members in sorted(groups.items()):
+        runs = {}
+        for folder, record in members:
             try:
-                run, labels_of_run = read_run(folder, record)
-            except common.UserError as error:
-                problems.append(f"left out: {error}")
-                continue
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                problems.append(f"left out: {folder} is not a run of this version "
-                                f"({type(error).__name__}: {error})")
-                continue
-            if (run.name, run.seed) in runs:
-                problems.append(f"left out: {folder} is a second {run.name} of seed {run.seed}")
-                continue
-            runs[run.name, run.seed], labels = run, labels_of_run
-        if not runs:
-            continue
-        runs = dict(sorted(runs.items(), key=lambda item: (order_of_kind(item[0][0]), item[0][1])))
-        config = next(iter(runs.values())).config
-        title = {"mnist": "MNIST", "sva": "Subject-verb agreement"}[config["task"]]
-        if config.get("objective") == "lm":
-            title += ", language models"
-        group = Group(f"{title}, data: {config['data']}", config["task"], config, runs, labels, {})
-        note_gaps(group, parent, problems)
-        yield group
+                run = read_run(folder, record)
+                if (run.name, run.seed) in runs:
+                    raise common.UserError(f"a second {run.name} of seed {run.seed}")
+                place_of_kind(run)
+                runs[run.name, run.seed] = run
+            except (common.UserError, KeyError, TypeError, ValueError) as error:
+                problems.append(f"left out: {folder} ({type(error).__name__}: {error})")
+        if runs:
+            runs = {(run.name, run.seed): run for run in sorted(runs.values(), key=place_of_kind)}
+            config = next(iter(runs.values())).config
+            title = {"mnist": "MNIST", "sva": "Subject-verb agreement"}[config["task"]]
+            title += ", language models" if config.get("objective") == "lm" else ""
+            title += f", data: {config['data']}, {config['examples']:,} training examples"
+            group = Group(title, config["task"], config, runs, {})
+            problems += gaps(group, place)
+            yield group
 
 
-def note_gaps(group, parent, problems):
-    """Name seeds that are not there, and runs of one kind that were not made alike."""
-    taught = [run for run in group.runs.values() if run.config["kd"]]
+def gaps(group, place):
+    """Lines that name seeds that are not there, and runs that were not made alike."""
+    lines = []
     for name, runs in group.kinds().items():
-        seeds = {run.seed for run in (taught if runs[0].config["kd"] else group.runs.values())}
-        if missing := sorted(seeds - {run.seed for run in runs}):
-            problems.append(f"{parent}: no {name} with seed {', '.join(map(str, missing))}")
-        for field in sorted({field for run in runs for field in run.config}):
-            values = {str(run.config.get(field)) for run in runs}
-            if len(values) > 1 and field not in ("seed", "teacher_seed"):
-                problems.append(f"{parent}: the runs of {name} differ in {field}")
+        alike = [run for run in group.runs.values() if bool(run.config["kd"]) == ("-to-" in name)]
+        if missing := sorted({run.seed for run in alike} - {run.seed for run in runs}):
+            lines.append(f"{place}: no {name} with seed {', '.join(map(str, missing))}")
+        for field in sorted({*runs[0].config} - {"seed", "teacher_seed"}):
+            if any(run.config.get(field) != runs[0].config[field] for run in runs):
+                lines.append(f"{place}: the runs of {name} differ in {field}")
     for field in ("device", "precision"):
-        values = {str(run.record.get("environment", {}).get(field)) for run in group.runs.values()}
+        values = {str(run.record["environment"].get(field)) for run in group.runs.values()}
         if len(values) > 1:
-            problems.append(f"{parent}: runs of different {field} stand in one table: "
-                            + ", ".join(sorted(values)))
+            lines.append(f"{place}: runs of different {field} stand in one table: "
+                         + ", ".join(sorted(values)))
+    return lines
 
 
 # ---- Comparisons of two runs ---------------------------------------------------------------------
@@ -262,22 +222,30 @@ def note_gaps(group, parent, problems):
 
 def over_tests(measure):
     """The mean of measure(probabilities of a, of b, labels) over the out-of-distribution tests."""
-    return lambda group, a, b: statistics.fmean(
-        measure(a.answers[test], b.answers[test], group.labels[test])
-        for test in OUT_OF_DISTRIBUTION[group.task])
+    return lambda a, b: statistics.fmean(
+        measure(a.answers[test], b.answers[test], a.labels[test])
+        for test in OUT_OF_DISTRIBUTION[a.config["task"]])
 
 
-def path_distance(group, a, b):
+def path_distance(a, b):
     """Mean of 1 - RSA over the epochs of which both runs have a snapshot."""
     return statistics.fmean(1 - common.rsa(a.path[epoch], b.path[epoch])
                             for epoch in a.path if epoch in b.path)
+
+
+def shape_of_path(run):
+    """{"length", "straightness": end to end over length} of a training path, in 1 - RSA."""
+    steps = list(run.path.values())
+    length = sum(1 - common.rsa(a, b) for a, b in itertools.pairwise(steps))
+    return {"length": length,
+            "straightness": (1 - common.rsa(steps[0], steps[-1])) / (length or math.nan)}
 
 
 def last(run):
     return run.path[max(run.path)]
 
 
-# Name: (value for two runs of a group, +1 if more means more alike, what it is).
+# Name: (value for two runs, +1 if more means more alike, what it is).
 COMPARISONS = {
     "agreement": (
         over_tests(lambda p, q, labels: (p.argmax(1) == q.argmax(1)).double().mean().item()),
@@ -288,9 +256,9 @@ COMPARISONS = {
     "divergence": (
         over_tests(lambda p, q, labels: common.js_divergence(p, q)),
         -1, "Jensen-Shannon divergence of predictions in bits, out of distribution"),
-    "CKA": (lambda group, a, b: common.linear_cka(last(a), last(b)),
+    "CKA": (lambda a, b: common.linear_cka(last(a), last(b)),
             1, "of the representations of 1,000 test examples"),
-    "RSA": (lambda group, a, b: common.rsa(last(a), last(b)),
+    "RSA": (lambda a, b: common.rsa(last(a), last(b)),
             1, "of the representations of 1,000 test examples"),
     "path distance": (path_distance, -1, "mean of 1 - RSA over equal epochs"),
 }
@@ -302,7 +270,7 @@ def compare(group, name, run, others):
     for other in others:
         key = name, *sorted((run.folder, other.folder))
         if key not in group.known:
-            group.known[key] = COMPARISONS[name][0](group, run, other)
+            group.known[key] = COMPARISONS[name][0](run, other)
         values.append(group.known[key])
     return statistics.fmean(values) if values else None
 
@@ -312,14 +280,14 @@ def references(group, run):
 
     Others are neither its own teacher nor a twin that started from the same weights.
     """
-    student, teacher = run.config["student"], run.config.get("teacher")
-    teacher_seed = run.config.get("teacher_seed")
+    student = run.config["student"]
+    teacher = run.config.get("teacher"), run.config.get("teacher_seed")
 
     def others(kind):
-        return [other for (name, seed), other in group.runs.items() if name == kind
-                and (name, seed) not in ((teacher, teacher_seed), (student, run.seed))]
+        return [other for key, other in group.runs.items()
+                if key[0] == kind and key not in (teacher, (student, run.seed))]
 
-    own = group.runs.get((teacher, teacher_seed)) if run.config["kd"] == "offline" else None
+    own = group.runs.get(teacher) if run.config["kd"] == "offline" else None
     return {"own teacher": [own] if own else [],
             "other strong": others(STRONGER.get(student, student)),
             "other plain": others(student)}
@@ -339,10 +307,10 @@ def barrier(losses):
     return (losses - torch.lerp(losses[0], losses[-1], line)).max().item()
 
 
-def interpolate(model, state_a, state_b, measure, points=BARRIER_POINTS):
+def interpolate(model, state_a, state_b, measure):
     """[measure(model)] with the weights (1-a) state_a + a state_b for equally spaced a in 0..1."""
     results = []
-    for a in torch.linspace(0, 1, points).tolist():
+    for a in torch.linspace(0, 1, BARRIER_POINTS).tolist():
         model.load_state_dict({
             name: torch.lerp(value, state_b[name], a) if value.is_floating_point() else value
             for name, value in state_a.items()})
@@ -350,56 +318,56 @@ def interpolate(model, state_a, state_b, measure, points=BARRIER_POINTS):
     return results
 
 
-def barrier_examples(group):
-    return min(BARRIER_EXAMPLES[group.task], max(2, group.config["examples"] // 48))
+def barrier_examples(config):
+    return min(BARRIER_EXAMPLES[config["task"]], max(2, config["examples"] // 48))
 
 
-def mnist_measure(group, data_dir, device):
-    """(build, measure): an untrained model of a kind; what is measured of a model on the way."""
-    config, n = group.config, barrier_examples(group)
+def mnist_measure(config, data_dir, device):
+    """(build, measure): an untrained model of a kind; {"train loss" ...} of a model on the way."""
+    n, amp = barrier_examples(config), common.has_bfloat16(device)
     _, digits = train_mnist.load_digits(config["data"], config["examples"], data_dir)
     data = train_mnist.make_data(digits, config["examples"], device)
-    amp = common.has_bfloat16(device)
-    (train_images, _), (test_images, _) = data["train"], data["test"]
-    labels = torch.cat([data["train"][1][:n], data["test"][1][:n]]).cpu()
-    images = torch.cat([train_images[:n], test_images[:n]])
 
     def measure(model):
         # Without new batch-norm statistics for each point, barriers are an artefact of old ones.
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            update_bn([train_mnist.to_input(images[:n])], model)
-        logits = train_mnist.evaluate(model, images, amp)[0]
-        return [common.classification_metrics(logits[part], labels[part])[name]
-                for part in (slice(n), slice(n, None)) for name in ("nll", "accuracy")]
+            update_bn([train_mnist.to_input(data["train"][0][:n])], model)
+        results = {}
+        for part in ("train", "test"):
+            logits, labels = (train_mnist.evaluate(model, data[part][0][:n], amp)[0],
+                              data[part][1][:n].cpu())
+            metrics = common.classification_metrics(logits, labels)
+            results |= {f"{part} loss": metrics["nll"], f"{part} accuracy": metrics["accuracy"]}
+        return results
 
     return lambda kind: train_mnist.build_model(kind, 0, device), measure
 
 
-def sva_measure(group, data_dir, device):
+def sva_measure(config, data_dir, device):
     """As mnist_measure; a language model's loss is that of all words, its accuracy the verb's."""
-    config, amp = group.config, common.has_bfloat16(device)
-    source, files = train_sva.find_data(config["data"], data_dir)
-    data, described = train_sva.make_data(source, files, config["examples"], config["objective"],
-                                          device)
-    if described != next(iter(group.runs.values())).record["data"]:
+    n, amp, objective = barrier_examples(config), common.has_bfloat16(device), config["objective"]
+    if config["data"] == "linzen" and not train_sva.find_linzen(data_dir):
+        raise common.UserError(f"the sentences are not in {data_dir}")
+    _, sizes, sentences = train_sva.load_sentences(config["data"], data_dir, config["examples"])
+    if sizes != config.get("bytes", {}):
         raise common.UserError(f"the sentences in {data_dir} are not those of the runs")
+    data, sizes = train_sva.make_data(sentences, objective, device)
     generator = torch.Generator().manual_seed(0)
-    n = barrier_examples(group)
-    chosen = torch.randperm(described["train"], generator=generator)[:n]
-    first = torch.arange(described["probe"])[:n]
-    splits = data["train"].take(chosen.to(device)), data["probe"].take(first.to(device))
+    chosen = torch.randperm(sizes["train"], generator=generator)[:n].to(device)
+    first = torch.arange(sizes["probe"])[:n].to(device)
+    splits = {"train": data["train"].take(chosen), "test": data["probe"].take(first)}
 
     def measure(model):
-        values = []
-        for split in splits:
-            logits, _, perplexity = train_sva.evaluate(model, split, config["objective"], amp)
+        results = {}
+        for part, split in splits.items():
+            logits, _, perplexity = train_sva.evaluate(model, split, objective, amp)
             metrics = common.classification_metrics(logits, split.labels.cpu())
             loss = metrics["nll"] if perplexity is None else math.log(perplexity)
-            values += [loss, metrics["accuracy"]]
-        return values
+            results |= {f"{part} loss": loss, f"{part} accuracy": metrics["accuracy"]}
+        return results
 
-    return lambda kind: train_sva.build_model(kind, 0, described["vocabulary"],
-                                              config["objective"], device), measure
+    words = sizes["vocabulary"]
+    return lambda kind: train_sva.build_model(kind, 0, words, objective, device), measure
 
 
 def barrier_pairs(group):
@@ -416,52 +384,53 @@ def barrier_pairs(group):
     return pairs
 
 
-def measure_pair(label, a, b, build, measure):
-    """{"pair", "runs", and BARRIER_POINTS values of "train_loss", "train_accuracy" ...}."""
-    model, other = (common.load_weights(build(run.config["student"]), run.folder)
-                    for run in (a, b))
-    points = interpolate(model, copy.deepcopy(model.state_dict()), other.state_dict(), measure)
-    names = ("train_loss", "train_accuracy", "test_loss", "test_accuracy")
-    return {"pair": label, "runs": [f"{run.name}/seed{run.seed}" for run in (a, b)],
-            **dict(zip(names, map(list, zip(*points))))}
-
-
 def measure_barriers(group, data_dir, device, problems):
-    """What measure_pair returns for each of barrier_pairs."""
+    """[{"pair", "runs", "train loss": [at BARRIER_POINTS points], "train accuracy" ...}]."""
     pairs, results = barrier_pairs(group), []
     if not pairs:
         return []
     try:
         prepare = {"mnist": mnist_measure, "sva": sva_measure}[group.task]
-        build, measure = prepare(group, data_dir, device)
+        build, measure = prepare(group.config, data_dir, device)
     except common.UserError as error:
         problems.append(f"no barriers for {group.title}: {error} (--data-dir: where the data are)")
         return []
+
+    def measure_pair(label, a, b):
+        model, other = (common.load_weights(build(run.config["student"]), run.folder)
+                        for run in (a, b))
+        points = interpolate(model, copy.deepcopy(model.state_dict()), other.state_dict(), measure)
+        return {"pair": label, "runs": [f"{run.name}/seed{run.seed}" for run in (a, b)],
+                **{name: [point[name] for point in points] for name in points[0]}}
 
     # The models are small: a pair on each core is faster than one pair on all of them.
     threads = torch.get_num_threads()
     workers = threads if device.type == "cpu" else 1
     torch.set_num_threads(threads // workers)
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(measure_pair, *pair, build, measure) for pair in pairs]
-        for done, ((label, _, run), future) in enumerate(zip(pairs, futures), 1):
-            live(f"{group.title}: barrier {done}/{len(pairs)}")
+        futures = [pool.submit(measure_pair, *pair) for pair in pairs]
+        for done, future in enumerate(futures, 1):
+            if sys.stderr.isatty():
+                print(f"\r\033[Kbarrier {done}/{len(pairs)}", end="\r", file=sys.stderr, flush=True)
             try:
                 results.append(future.result())
-            except (common.UserError, KeyError) as error:
-                problems.append(f"no barrier for {label}, seed {run.seed}: {error}")
+            except common.UserError as error:
+                problems.append(f"no barrier: {error}")
     torch.set_num_threads(threads)
-    live("")
     return results
 
 
-def live(text):
-    """A line on the terminal that the next one overwrites; nothing if stderr is not a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text[:118]}", end="", file=sys.stderr, flush=True)
-
-
 # ---- Claims of the paper's abstract --------------------------------------------------------------
+
+# The claims that make the answer; see claims_about.
+HEADLINES = ("teaching improves accuracy", "... more than self-distillation",
+             "teaching improves calibration (ECE)", "errors nearer to other strong models (kappa)")
+
+
+def out_of_distribution(run, metric):
+    """Mean of a metric over the out-of-distribution tests."""
+    tests = OUT_OF_DISTRIBUTION[run.config["task"]]
+    return statistics.fmean(run.record["metrics"][test][metric] for test in tests)
 
 
 def claims_about(group, weak, barriers):
@@ -470,25 +439,21 @@ def claims_about(group, weak, barriers):
     Differences are paired by seed: a student and its untaught twin, compared with the same strong
     models, which are the student's own teacher, or those that did not teach it.
     """
-    strong, claims = STRONGER[weak], {}
-    heights = {tuple(entry["runs"]): barrier(entry["train_loss"]) for entry in barriers}
+    strong, claims, accuracy = STRONGER[weak], {}, ACCURACY[group.task]
+    heights = {tuple(entry["runs"]): barrier(entry["train loss"]) for entry in barriers}
 
     def add(claim, seed, value):
         if value is not None and math.isfinite(value):
             claims.setdefault(claim, {})[seed] = value
 
-    def gain(measure, better, worse):
-        tests = [(better.record["metrics"][test], worse.record["metrics"][test])
-                 for test in OUT_OF_DISTRIBUTION[group.task]]
-        return statistics.fmean(a[measure] - b[measure] for a, b in tests)
+    def gain(metric, better, worse):
+        return out_of_distribution(better, metric) - out_of_distribution(worse, metric)
 
-    def nearer(measure, run, models):
+    def nearer(measure, run, twin, models):
         """How much nearer than its plain twin `run` is to `models`."""
-        twin = group.runs[run.config["student"], run.seed]
         near, far = (compare(group, measure, one, models) for one in (run, twin))
         return None if near is None else COMPARISONS[measure][1] * (near - far)
 
-    accuracy = "accuracy" if group.task == "mnist" else "a_accuracy"
     for seed in sorted({seed for _, seed in group.runs}):
         names = weak, strong, f"{strong}-to-{weak}", f"{weak}-to-{weak}"
         plain, strong_run, taught, self_taught = (group.runs.get((name, seed)) for name in names)
@@ -504,12 +469,13 @@ def claims_about(group, weak, barriers):
             for measure, what in (("kappa", "errors"), ("CKA", "representations"),
                                   ("RSA", "representations"), ("path distance", "training path")):
                 add(f"{what} nearer to other strong models ({measure})", seed,
-                    nearer(measure, taught, models["other strong"]))
+                    nearer(measure, taught, plain, models["other strong"]))
                 add(f"{what} nearer to its teacher ({measure})", seed,
-                    nearer(measure, taught, models["own teacher"]))
+                    nearer(measure, taught, plain, models["own teacher"]))
         if plain and self_taught:
+            others = references(group, self_taught)["other plain"]
             add(f"self-distillation changes little (CKA within ±{MARGIN})", seed,
-                nearer("CKA", self_taught, references(group, self_taught)["other plain"]))
+                nearer("CKA", self_taught, plain, others))
         twins = [heights.get((f"{weak}/seed{seed}", f"{name}/seed{seed}")) for name in names[2:]]
         if None not in twins:
             add("a strong teacher moves the basin, itself doesn't", seed, twins[0] - twins[1])
@@ -532,8 +498,7 @@ def test_claims(group, barriers):
     results = []
     for weak in STRONGER:
         for claim, values in claims_about(group, weak, barriers).items():
-            margin = MARGIN if "±" in claim else 0.0
-            statistic = t_test(list(values.values()), margin)
+            statistic = t_test(list(values.values()), MARGIN if "±" in claim else 0.0)
             results.append({"student": weak, "claim": claim, "values": values,
                             **dict(zip(("mean", "low", "high", "verdict", "p"), statistic))})
     tested = [result for result in results if result["verdict"] != "untested"]
@@ -546,13 +511,12 @@ def print_answer(claims):
     """The answer in a few lines for each student: what teaching by the stronger kind changed."""
     for weak, strong in STRONGER.items():
         found = [c for c in claims if c["student"] == weak and c["claim"] in HEADLINES]
+        if found:
+            print(f"{weak} taught by {strong}, {len(found[0]['values'])} seeds:")
         for claim in found:
-            if claim is found[0]:
-                print(f"{weak} taught by {strong}, {len(claim['values'])} seeds:")
-            interval = ""
-            if claim["verdict"] != "untested":
-                interval = f" ({claim['low']:+.3f} to {claim['high']:+.3f})"
-            print(f"- {claim['claim']}: {claim['mean']:+.3f}{interval} {claim['verdict']}")
+            interval = f" ({claim['low']:+.3f} to {claim['high']:+.3f})"
+            print(f"- {claim['claim']}: {claim['mean']:+.3f}"
+                  f"{'' if claim['verdict'] == 'untested' else interval} {claim['verdict']}")
     print(flush=True)
 
 
@@ -580,92 +544,59 @@ def print_table(caption, header, rows):
     print(flush=True)
 
 
-def table_of_kinds(group, caption, columns, paper=None):
-    """Print a row for each kind of run; return the values behind it, {kind: {column: [values]}}.
-
-    columns: {title: function of a run}. paper: {kind: its values, column by column}.
-    """
-    values, rows = {}, []
-    for kind, runs in group.kinds().items():
-        values[kind] = {title: [value(run) for run in runs] for title, value in columns.items()}
-        rows.append([kind, *map(mean_and_spread, values[kind].values()), str(len(runs))])
-        if paper and kind in paper:
-            rows.append([f"{kind} (paper)", *(f"{value:.3f}" for value in paper[kind]), "-"])
-    print_table(caption, ["run", *columns, "n"], rows)
-    return values
-
-
-def metric(test, name, number=None):
-    """A function of a run: a metric in its run.json; None where it has no such value."""
-    def value(run):
-        found = run.record["metrics"][test].get(name)
-        return found if number is None or found is None else found.get(number)
-
-    return value
-
-
-def likeness(group, name, which):
-    """A function of a run: a comparison with one kind of its references."""
-    return lambda run: compare(group, name, run, references(group, run)[which])
-
-
-def path_length(run):
-    return sum(1 - common.rsa(a, b) for a, b in itertools.pairwise(run.path.values()))
-
-
-def path_straightness(run):
-    return (1 - common.rsa(run.path[0], last(run))) / (path_length(run) or math.nan)
-
-
 def print_tables(group, barriers):
     """Tables (a) to (f); returns {letter: {"caption", "rows"}} for --json."""
-    tables = {}
+    tables, kinds = {}, group.kinds()
 
-    def add(letter, caption, columns, paper=None):
-        caption = f"**({letter}) {caption}"
-        tables[letter] = {"caption": caption,
-                          "rows": table_of_kinds(group, caption, columns, paper)}
+    def add(letter, caption, members, columns, paper={}):
+        """A row for each kind. members: {kind: [run]}, columns: run -> {column title: value}."""
+        rows, cells = {}, []
+        for kind, of_kind in members.items():
+            values = [columns(member) for member in of_kind]
+            rows[kind] = {title: [row[title] for row in values] for title in values[0]}
+            cells.append([kind, *map(mean_and_spread, rows[kind].values()), str(len(of_kind))])
+            if kind in paper:
+                cells.append([f"{kind} (paper)", *(f"{value:.3f}" for value in paper[kind]), "-"])
+        print_table(f"**({letter}) {caption}", ["run", *rows[kind], "n"], cells)
+        tables[letter] = {"caption": caption, "rows": rows}
+
+    def metrics(run):
+        return run.record["metrics"]["test"]
 
     if group.task == "mnist":
         add("a", "Accuracy and calibration**, mean ± standard deviation over n seeds.\n"
-            "No model saw scaled or translated digits in training.",
-            {f"{prefix}{test}": metric(test, name)
-             for prefix, name in (("", "accuracy"), ("ECE, ", "ece")) for test in TESTS["mnist"]},
-            PAPER_MNIST if group.config["data"] == "mnist" else None)
+            "No model saw scaled or translated digits in training.", kinds,
+            lambda run: {f"{prefix}{test}": run.record["metrics"][test][name]
+                         for prefix, name in (("", "accuracy"), ("ECE, ", "ece"))
+                         for test in TESTS["mnist"]},
+            PAPER_MNIST if group.config["data"] == "mnist" else {})
     else:
-        names = {"accuracy": "accuracy", "A-accuracy": "a_accuracy", "D-accuracy": "d_accuracy"}
         add("a", "Agreement**, mean ± standard deviation over n seeds.\n"
-            "A-accuracy: mean over 0, 1, 2, 3, 4+ attractors; D-accuracy: over distances.",
-            {title: metric("test", name) for title, name in names.items()})
-        add("b", "Accuracy by attractors**, which are rare in training; 4: and more.",
-            {f"{k} attr.": metric("test", "accuracy_by_attractors", str(k)) for k in range(5)})
-        add("c", "Calibration and fit**: NLL of the answer in nats, perplexity per word.",
-            {"ECE": metric("test", "ece"), "NLL": metric("test", "nll"),
-             "perplexity": metric("test", "perplexity")})
-
+            "A-accuracy: mean over 0, 1, 2, 3, 4+ attractors; D-accuracy: over distances.", kinds,
+            lambda run: {title: metrics(run)[title.lower().replace("-", "_")]
+                         for title in ("accuracy", "A-accuracy", "D-accuracy")})
+        add("b", "Accuracy by attractors**, which are rare in training; 4: and more.", kinds,
+            lambda run: {f"{k} attr.": metrics(run)["accuracy_by_attractors"].get(str(k))
+                         for k in range(5)})
+        add("c", "Calibration and fit**: NLL of the answer in nats, perplexity per word.", kinds,
+            lambda run: {title: metrics(run).get(title.lower())
+                         for title in ("ECE", "NLL", "perplexity")})
     for place, (name, (_, _, caption)) in enumerate(COMPARISONS.items(), 1):
-        add(f"d{place}", f"Likeness to plain models: {name}**, {caption}.",
-            {which: likeness(group, name, which)
-             for which in ("own teacher", "other strong", "other plain")})
+        add(f"d{place}", f"Likeness to plain models: {name}**, {caption}.", kinds,
+            lambda run: {which: compare(group, name, run, others)
+                         for which, others in references(group, run).items()})
     add("e", "Training paths** in the space of 1 - RSA: length, and straightness (end to end over "
-        "length;\nit can exceed 1, as 1 - RSA is no metric).",
-        {"length": path_length, "straightness": path_straightness})
-
+        "length;\nit can exceed 1, as 1 - RSA is no metric).", kinds, shape_of_path)
     if barriers:
-        rows, values = [], {}
-        for label in dict.fromkeys(entry["pair"] for entry in barriers):
-            entries = [entry for entry in barriers if entry["pair"] == label]
-            values[label] = {
-                f"{name}, {part}": [barrier([sign * value for value in entry[f"{part}_{name}"]])
-                                    for entry in entries]
-                for name, sign in (("loss", 1), ("accuracy", -1)) for part in ("train", "test")}
-            rows.append([label, *map(mean_and_spread, values[label].values()), str(len(entries))])
-        caption = ("**(f) Basins**: barrier on the straight way from a taught run to its plain "
-                   f"twin, or between two seeds.\n{BARRIER_POINTS} points, "
-                   f"{barrier_examples(group)} examples of training and test each. "
-                   "Near 0: one basin.")
-        print_table(caption, ["pair", *values[label], "n"], rows)
-        tables["f"] = {"caption": caption, "rows": values}
+        pairs = {}
+        for entry in barriers:
+            pairs.setdefault(entry["pair"], []).append(entry)
+        add("f", "Basins**: barrier on the straight way from a taught run to its plain twin, or "
+            f"between two seeds.\n{BARRIER_POINTS} points, {barrier_examples(group.config)} "
+            "examples of training and test each. Near 0: one basin.", pairs,
+            lambda entry: {f"{name}, {part}": barrier([sign * x for x in entry[f"{part} {name}"]])
+                           for name, sign in (("loss", 1), ("accuracy", -1))
+                           for part in ("train", "test")})
     return tables
 
 
@@ -691,21 +622,14 @@ def print_claims(claims):
               "SEEDS=3 ./run_all.sh makes them testable.\n")
 
 
-def accuracy_of(group, run):
-    """Accuracy out of distribution; of sentences the A-accuracy."""
-    name = "accuracy" if group.task == "mnist" else "a_accuracy"
-    tests = OUT_OF_DISTRIBUTION[group.task]
-    return statistics.fmean(run.record["metrics"][test][name] for test in tests)
-
-
-def print_data_sizes(title, accuracies):
+def print_data_sizes(place, accuracies):
     """Table (h). accuracies: {run name: {training examples: [accuracy]}}."""
     sizes = sorted({size for by_size in accuracies.values() for size in by_size})
     rows = [[kind, *(mean_and_spread(by_size.get(size, [])) for size in sizes)]
             for kind, by_size in accuracies.items() if len(by_size) > 1]
-    print(f"\n## {title}\n")
-    print_table("**(h) Training examples**: accuracy out of distribution (sentences: A-accuracy), "
-                "mean ± standard deviation over seeds.", ["run", *map("{:,}".format, sizes)], rows)
+    print_table(f"\n## {place}\n\n**(h) Training examples**: accuracy out of distribution "
+                "(sentences: A-accuracy), mean ± standard deviation over seeds.",
+                ["run", *map("{:,}".format, sizes)], rows)
 
 
 # ---- Figures -------------------------------------------------------------------------------------
@@ -715,6 +639,8 @@ STYLES = {"plain": {"color": "#1b6ca8", "linestyle": "-", "marker": "o"},
           "self": {"color": "#8c8c8c", "linestyle": "--", "marker": "s"},
           "taught": {"color": "#d1495b", "linestyle": "-.", "marker": "^"},
           "strong": {"color": "#222222", "linestyle": ":", "marker": "D"}}
+LABELS = {"plain": "alone", "self": "taught by its own kind",
+          "taught": "taught by the stronger kind", "strong": "the stronger kind alone"}
 
 
 def import_pyplot():
@@ -732,143 +658,117 @@ def import_pyplot():
     return plt
 
 
-def names_of_roles(weak):
-    """{role: run name} of what a figure about the student `weak` shows."""
+def roles(weak, kinds):
+    """{role: what `kinds` has for it} in a figure about the student `weak`."""
     strong = STRONGER[weak]
-    return {"plain": weak, "self": f"{weak}-to-{weak}", "taught": f"{strong}-to-{weak}",
-            "strong": strong}
+    names = {"plain": weak, "self": f"{weak}-to-{weak}", "taught": f"{strong}-to-{weak}",
+             "strong": strong}
+    return {role: kinds[name] for role, name in names.items() if name in kinds}
 
 
-def roles_of(group, weak):
-    """{role: [runs]} of a figure about the student `weak`."""
-    kinds = group.kinds()
-    return {role: kinds[name] for role, name in names_of_roles(weak).items() if name in kinds}
-
-
-def panels(plt, titles, width):
-    """(figure, axes): one panel for each title, side by side."""
-    size = (max(3.6, width * len(titles) + 0.6), 2.9)
-    figure, axes = plt.subplots(1, len(titles), figsize=size, squeeze=False)
-    for axis, title in zip(axes[0], titles):
-        axis.set_title(title)
-    return figure, axes[0]
-
-
-def with_legend(figure):
-    """One legend above all panels, where it hides no curve."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=7)
+def draw(plt, panels, xlabel, ylabel, **axes):
+    """A figure of panels side by side: {title: [(role, x, y, standard deviation or None)]}."""
+    figure, (places,) = plt.subplots(1, len(panels), squeeze=False,
+                                     figsize=(max(3.6, 2.5 * len(panels) + 0.6), 2.9))
+    for place, (title, curves) in zip(places, panels.items()):
+        place.set(title=title, xlabel=xlabel, **axes)
+        for role, x, y, spread in curves:
+            place.errorbar(x, y, spread, **STYLES[role], label=LABELS[role], capsize=2)
+    places[0].set_ylabel(ylabel)
+    handles, labels = places[0].get_legend_handles_labels()
+    first = {label: handle for label, handle in zip(labels, handles)}
+    figure.legend(first.values(), first, loc="outside upper center", ncols=2, fontsize=7)
     return figure
+
+
+def mean_curve(role, x, rows):
+    """A curve of `draw`: the mean of rows and their standard deviation."""
+    rows = torch.tensor(rows)
+    return role, x, rows.mean(dim=0), rows.std(dim=0) if len(rows) > 1 else None
 
 
 def plot_reliability(plt, group, weak):
     """Accuracy over confidence in 15 bins over all seeds; bins of under 20 examples left out."""
-    tests = TESTS[group.task]
-    figure, axes = panels(plt, tests, 2.4)
-    for axis, test in zip(axes, tests):
-        axis.plot([0, 1], [0, 1], color="#cccccc")
-        for role, runs in roles_of(group, weak).items():
-            answers = [run.answers[test].max(dim=1) for run in runs]
-            confidence = torch.cat([values for values, _ in answers])
-            correct = torch.cat([predicted == group.labels[test] for _, predicted in answers])
+    panels = {}
+    for test in TESTS[group.task]:
+        panels[f"{weak}, {test}"] = curves = []
+        for role, runs in roles(weak, group.kinds()).items():
+            confidence, predicted = torch.cat([run.answers[test] for run in runs]).max(dim=1)
+            correct = predicted == torch.cat([run.labels[test] for run in runs])
             bins = (confidence * 15).ceil().clamp(1, 15)
             points = [(confidence[bins == b].mean(), correct[bins == b].float().mean())
                       for b in range(1, 16) if (bins == b).sum() >= 20]
-            if points:
-                axis.plot(*zip(*points), **STYLES[role], label=runs[0].name, clip_on=False)
-        axis.set(xlabel="confidence", xlim=(0 if group.task == "mnist" else 0.5, 1), ylim=(0, 1))
-    axes[0].set_ylabel("accuracy")
-    return with_legend(figure)
+            curves += [(role, *zip(*points), None)] if points else []
+    figure = draw(plt, panels, "confidence", "accuracy", xlim=(0, 1), ylim=(0, 1))
+    for axis in figure.axes:
+        axis.axline((0, 0), slope=1, color="#cccccc")
+    return figure
 
 
 def plot_paths(plt, group, weak):
-    """Training paths in two dimensions, by classical MDS of 1 - RSA; large markers: the end."""
-    steps = [(role, run, epoch) for role, runs in roles_of(group, weak).items()
-             for run in runs[:4] for epoch in run.path]
+    """Training paths of up to four seeds in two dimensions, by classical MDS of 1 - RSA."""
+    runs = [(role, run) for role, runs in roles(weak, group.kinds()).items() for run in runs[:4]]
+    steps = [representations for _, run in runs for representations in run.path.values()]
     distances = torch.zeros(len(steps), len(steps))
-    for (i, a), (j, b) in itertools.combinations(enumerate(steps), 2):
-        distances[i, j] = distances[j, i] = 1 - common.rsa(a[1].path[a[2]], b[1].path[b[2]])
-    points = classical_mds(distances)
-    figure, (axis,) = panels(plt, [""], 4)
-    for role, runs in roles_of(group, weak).items():
-        for run in runs[:4]:
-            x, y = points[[i for i, step in enumerate(steps) if step[1] is run]].T
-            label = run.name if run is runs[0] else None
-            axis.plot(x, y, **STYLES[role], label=label)
-            axis.plot(x[-1], y[-1], **STYLES[role], markersize=7, markeredgecolor="white")
-    axis.set(xlabel="first dimension of 1 - RSA", ylabel="second dimension")
-    axis.set_aspect("equal", adjustable="datalim")
-    return with_legend(figure)
+    for i, j in itertools.combinations(range(len(steps)), 2):
+        distances[i, j] = distances[j, i] = 1 - common.rsa(steps[i], steps[j])
+    paths = classical_mds(distances).split([len(run.path) for _, run in runs])
+    curves = [(role, *path.T, None) for (role, _), path in zip(runs, paths)]
+    figure = draw(plt, {weak: curves}, "first dimension of 1 - RSA", "second dimension")
+    for (role, _), path in zip(runs, paths):  # a large marker: the end
+        figure.axes[0].plot(*path[-1], **STYLES[role], markersize=7, markeredgecolor="white")
+    return figure
 
 
 def plot_barriers(plt, group, weak, barriers):
-    """Training loss and accuracy on the straight way between two runs, mean over pairs."""
-    labels = names_of_roles(weak) | {"plain": f"{weak}, two seeds"}
-    figure, axes = panels(plt, ["training loss (nats)", "training accuracy"], 2.8)
-    for axis, name in zip(axes, ("train_loss", "train_accuracy")):
-        for role, label in labels.items():
-            curves = [entry[name] for entry in barriers if entry["pair"] == label]
-            if curves:
-                mean = torch.tensor(curves).mean(dim=0)
-                axis.plot(torch.linspace(0, 1, len(mean)), mean, **STYLES[role], label=label,
-                          markevery=4)
-        axis.set_xlabel("way from one run to the other")
-    return with_legend(figure)
+    """Training loss on the straight way between two runs, mean and deviation over pairs."""
+    losses = {}
+    for entry in barriers:  # between two seeds for the student alone, else from its plain twin
+        losses.setdefault(entry["pair"].removesuffix(", two seeds"), []).append(entry["train loss"])
+    curves = [mean_curve(role, torch.linspace(0, 1, BARRIER_POINTS), rows)
+              for role, rows in roles(weak, losses).items() if role != "strong"]
+    return draw(plt, {weak: curves}, "from its plain twin (alone: from another seed)",
+                "training loss (nats)")
 
 
 def plot_attractors(plt, group):
-    """Accuracy over attractors, mean and standard deviation over seeds, a panel per student."""
-    students = [weak for weak in STRONGER if "plain" in roles_of(group, weak)]
-    figure, axes = panels(plt, students, 2.2)
-    for axis, weak in zip(axes, students):
-        for role, runs in roles_of(group, weak).items():
-            values = torch.tensor([[run.record["metrics"]["test"]["accuracy_by_attractors"]
-                                    .get(str(k), math.nan) for k in range(5)] for run in runs])
-            spread = values.std(dim=0) if len(runs) > 1 else None
-            axis.errorbar(range(5), values.mean(dim=0), spread, **STYLES[role], capsize=2,
-                          label=runs[0].name)
-        axis.set(xlabel="attractors (4: and more)", xticks=range(5), ylim=(0, 1.02))
-        axis.legend(fontsize=6)
-    axes[0].set_ylabel("accuracy")
-    return figure
+    """Accuracy over attractors, a panel for each student."""
+    panels = {}
+    for weak in STRONGER:
+        by_role = roles(weak, group.kinds())
+        if "plain" in by_role:
+            panels[weak] = [mean_curve(role, range(5), [
+                [run.record["metrics"]["test"]["accuracy_by_attractors"].get(str(k), math.nan)
+                 for k in range(5)] for run in runs]) for role, runs in by_role.items()]
+    return draw(plt, panels, "attractors (4: and more)", "accuracy", xticks=range(5),
+                ylim=(0, 1.02))
 
 
 def plot_data_sizes(plt, accuracies):
-    """Accuracy over training examples, mean and standard deviation over seeds; see table (h)."""
-    students = [weak for weak in STRONGER if len(accuracies.get(weak, [])) > 1]
-    figure, axes = panels(plt, students, 2.8)
-    for axis, weak in zip(axes, students):
-        for role, name in names_of_roles(weak).items():
-            points = sorted(accuracies.get(name, {}).items())
-            means = [statistics.fmean(values) for _, values in points]
-            spreads = [statistics.stdev(values) if values[1:] else 0 for _, values in points]
-            axis.errorbar([size for size, _ in points], means, spreads, **STYLES[role],
-                          capsize=2, label=name)
-        axis.set(xlabel="training examples", xscale="log")
-        axis.legend(fontsize=6)
-    axes[0].set_ylabel("accuracy out of distribution")
-    return figure
+    """Accuracy over training examples, a panel for each student; see table (h)."""
+    panels = {}
+    for weak in STRONGER:
+        if len(accuracies.get(weak, [])) > 1:
+            panels[weak] = [
+                (role, *zip(*((size, statistics.fmean(by_size[size]),
+                               statistics.stdev(by_size[size]) if by_size[size][1:] else 0)
+                              for size in sorted(by_size))))
+                for role, by_size in roles(weak, accuracies).items()]
+    return draw(plt, panels, "training examples", "accuracy out of distribution", xscale="log")
 
 
 def plot_group(plt, group, barriers):
     """{name: figure} of one group."""
     figures = {}
     for weak in STRONGER:
-        if "plain" in roles_of(group, weak):
+        if weak in group.kinds():
             figures[f"reliability-{weak}"] = plot_reliability(plt, group, weak)
             figures[f"paths-{weak}"] = plot_paths(plt, group, weak)
-            if any(entry["pair"].startswith(weak) for entry in barriers):
+            if barriers:
                 figures[f"barriers-{weak}"] = plot_barriers(plt, group, weak, barriers)
     if group.task == "sva" and figures:
         figures["attractors"] = plot_attractors(plt, group)
     return figures
-
-
-def save_figures(plt, figures, folder, stem):
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{stem}-{name}.png")
-        plt.close(figure)
-    print(f"{len(figures)} figures written to {folder}\n")
 
 
 # ---- Command line --------------------------------------------------------------------------------
@@ -892,36 +792,39 @@ def main(argv=None):
     if not args.runs.is_dir():
         raise common.UserError(f"{args.runs}: no such folder; give the training scripts' --out")
     if args.json:
-        common.make_folder(args.json.parent, "--json")
+        args.json.parent.mkdir(parents=True, exist_ok=True)
     if args.plots:
         plt = import_pyplot()
-        common.make_folder(args.plots, "--plots")
-    problems, results, studies = [], [], {}
+        args.plots.mkdir(parents=True, exist_ok=True)
+    problems, results, studies, figures = [], [], {}, {}
     for group in load_groups(args.runs, problems):
         barriers = measure_barriers(group, args.data_dir, device, problems)
         claims = test_claims(group, barriers)
-        examples = group.config["examples"]
-        title = f"{group.title}, {examples:,} training examples"
-        print(f"\n## {title}\n")
+        print(f"\n## {group.title}\n")
         print_answer(claims)
         tables = print_tables(group, barriers)
         print_claims(claims)
         runs = list(group.runs.values())
-        place = runs[0].folder.parts[-3]  # such as sva-lm-linzen
-        if args.plots:
-            figures = plot_group(plt, group, barriers)
-            save_figures(plt, figures, args.plots, f"{place}-{examples}")
+        place, examples = runs[0].folder.parts[-3], group.config["examples"]  # sva-lm-linzen, ...
         for run in runs:
             by_size = studies.setdefault(place, {}).setdefault(run.name, {})
-            by_size.setdefault(examples, []).append(accuracy_of(group, run))
-        results.append({"title": title, "claims": claims, "tables": tables, "barriers": barriers,
+            accuracy = out_of_distribution(run, ACCURACY[group.task])
+            by_size.setdefault(examples, []).append(accuracy)
+        results.append({"title": group.title, "claims": claims, "tables": tables,
+                        "barriers": barriers,
                         "runs": [{key: run.record.get(key) for key in KEPT} for run in runs]})
+        if args.plots:
+            for name, figure in plot_group(plt, group, barriers).items():
+                figures[f"{place}-{examples}-{name}"] = figure
     for place, accuracies in studies.items():
         if any(len(accuracies.get(weak, [])) > 1 for weak in STRONGER):
             print_data_sizes(place, accuracies)
             if args.plots:
-                figures = {"data-sizes": plot_data_sizes(plt, accuracies)}
-                save_figures(plt, figures, args.plots, place)
+                figures[f"{place}-data-sizes"] = plot_data_sizes(plt, accuracies)
+    for name, figure in figures.items():
+        figure.savefig(args.plots / f"{name}.png")
+    if args.plots:
+        print(f"{len(figures)} figures written to {args.plots}")
     if not results:
         problems.append(f"{args.runs} has no finished run: try ./run_all.sh --quick")
     if problems:

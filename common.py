@@ -1,13 +1,15 @@
 """What the scripts share: the KD loss, the metrics, run files, command-line flags, progress.
 
-Nothing here knows a model or a data set. To use a function elsewhere, copy it: it needs no more
-than the imports below. Metrics compute in double precision, so they want tensors on the CPU.
+Nothing here knows a model or a data set. Every function works alone, copied with its imports.
+Metrics compute in double precision, so they want tensors on the CPU.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -46,8 +48,8 @@ def kd_loss(student_logits, teacher_logits, labels, temperature=1.0, alpha=1.0):
 def expected_calibration_error(probabilities, labels, n_bins=15):
     """Mean over examples of |accuracy - confidence| of the example's bin, 0..1.
 
-    Guo et al. 2017 (arXiv 1706.04599), eq. 3: equal-width bins ((m-1)/n_bins, m/n_bins] of the top
-    probability. probabilities: (examples, classes), rows sum to 1. labels: (examples,).
+    Guo et al. 2017 (arXiv 1706.04599), eq. 3: bins ((m-1)/n_bins, m/n_bins] of the top probability.
+    probabilities: (examples, classes), rows sum to 1. labels: (examples,).
     """
     confidence, predictions = probabilities.double().max(dim=1)
     upper_edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.double)[1:-1]
@@ -96,13 +98,9 @@ def js_divergence(probabilities_a, probabilities_b):
     Lin 1991, "Divergence measures based on the Shannon entropy", eq. 4.1 with equal weights:
     entropy of the mean - mean of the entropies. Both: (examples, classes), rows sum to 1.
     """
-
-    def entropy(p):
-        return -torch.special.xlogy(p, p).sum(dim=1) / math.log(2)
-
-    a, b = probabilities_a.double(), probabilities_b.double()
-    divergence = entropy((a + b) / 2) - (entropy(a) + entropy(b)) / 2
-    return divergence.mean().clamp(0, 1).item()
+    a, b, entropy = probabilities_a.double(), probabilities_b.double(), torch.special.entr
+    nats = (entropy((a + b) / 2) - (entropy(a) + entropy(b)) / 2).sum(dim=1).mean()
+    return (nats / math.log(2)).clamp(0, 1).item()
 
 
 def rsa(representations_a, representations_b):
@@ -110,13 +108,12 @@ def rsa(representations_a, representations_b):
 
     Abnar et al. 2020 (arXiv 2006.00555): each model's matrix of cosines between examples, then the
     cosine between equal rows of the two matrices, mean over rows. Nothing is centred, so
-    representations after a ReLU start well above 0: compare values, don't read one alone.
-    Both: (examples, features); the numbers of features may differ.
+    representations after a ReLU start well above 0. Both: (examples, features), widths may differ.
     """
 
     def row_products(x, y):
-        # Row i of x's matrix is X x_i. Its product with row i of y's matrix is x_i' (X' Y) y_i,
-        # so that the (examples, examples) matrices themselves are never needed.
+        # Row i of x's matrix is X x_i. Its product with row i of y's matrix is x_i' (X' Y) y_i:
+        # ten times as fast as with the (examples, examples) matrices.
         return ((x @ (x.T @ y)) * y).sum(dim=1)
 
     a = F.normalize(representations_a.double(), dim=1)
@@ -141,6 +138,9 @@ def linear_cka(representations_a, representations_b):
 # ---- Run files: <out>/<task>-<data>/<run name>/seed<k>/ with run.json, outputs.npz and model.pt 
 
 
+DISTILLATION = ("kd", "teacher", "teacher_seed", "temperature", "alpha")  # flags, and in `config`
+
+
 class UserError(Exception):
     """Something that the person at the keyboard can mend; its text is the one line they see."""
 
@@ -154,24 +154,12 @@ def run_name(config):
 
 
 def taught_config(student, teacher, args):
-    """The configuration of a taught run, from those of plain runs of the student and the teacher.
-
-    It adds how the student is taught, and what the teacher is trained with.
-    """
+    """The configuration of a taught run, from the plain ones of the student and the teacher."""
     if args.kd == "online":  # both models train in the student's batches
         teacher = teacher | {key: student[key] for key in ("epochs", "batch_size")}
-    how = ("kd", "teacher", "teacher_seed", "temperature", "alpha")
     recipe = ("epochs", "batch_size", "lr", "weight_decay")
-    return (student | {key: getattr(args, key) for key in how}
+    return (student | {key: getattr(args, key) for key in DISTILLATION}
             | {f"teacher_{key}": teacher[key] for key in recipe})
-
-
-def make_folder(folder, flag):
-    """Make `folder`, which the user chose with `flag`; UserError where that can't be done."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't make {folder} ({error.strerror}): choose another {flag}") from None
 
 
 def write_json(path, value, **float_hook):
@@ -199,15 +187,25 @@ def save_run(directory, record, outputs, state_dict, force=False):
         if directory.exists() and (force or load_run(directory) is None):
             directory.rename(replaced)
         temporary.rename(directory)  # fails where a run is in place
-        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        if force or finished_run(directory, record["config"]) is None:
+        if finished_run(directory, record["config"], force) is None:
             reason = str(error).splitlines()[0]
             raise UserError(f"can't write {directory} ({reason}): choose another --out") from None
     finally:
         if replaced.exists() and not directory.exists():
-            replaced.rename(directory)  # what --force was to replace stays if that failed
-        shutil.rmtree(temporary, ignore_errors=True)
+            replaced.rename(directory)  # interrupted between the two: the old run stays
+        for leftover in (temporary, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def reading(path):
+    """UserError for whatever goes wrong when a file of a run is read."""
+    try:
+        yield
+    except Exception as error:  # json, zipfile, pickle and torch have their own words for damage
+        raise UserError(f"{path} is missing, damaged or of another model ({type(error).__name__}); "
+                        f"delete {path.parent} and run it again") from None
 
 
 def load_run(directory):
@@ -215,42 +213,28 @@ def load_run(directory):
     path = Path(directory) / "run.json"
     if not path.is_file():
         return None
-    try:
+    with reading(path):
         record = json.loads(path.read_text(encoding="utf-8"))
         record["config"]["student"], record["metrics"]
         return record
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; delete {directory} and run it again") from None
 
 
 def load_outputs(directory):
     """The arrays in outputs.npz as {name: tensor}; UserError where it is missing or damaged."""
-    try:
-        with np.load(Path(directory) / "outputs.npz", allow_pickle=False) as file:
-            return {name: torch.from_numpy(file[name]) for name in file.files}
-    except Exception as error:  # zipfile, zlib, numpy and the file system have their own words
-        reason = type(error).__name__
-        raise UserError(f"{directory}/outputs.npz is missing or damaged ({reason})") from None
+    path = Path(directory) / "outputs.npz"
+    with reading(path), np.load(path) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
 
 
 def load_weights(model, directory):
     """`model` with the weights in model.pt; UserError where they are missing or don't fit."""
-    try:
-        path = Path(directory) / "model.pt"
+    path = Path(directory) / "model.pt"
+    with reading(path):
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        return model
-    except Exception as error:  # pickle, zipfile, torch and the file system have their own words
-        reason = type(error).__name__
-        raise UserError(f"{directory}/model.pt is missing, damaged or of another model ({reason}); "
-                        f"delete {directory} and train it again") from None
+    return model
 
 
-def find_runs(root):
-    """Sorted folders of the finished runs below `root`."""
-    return sorted(path.parent for path in Path(root).glob("**/seed*/run.json"))
-
-
-def finished_run(directory, config, force=False, remedy="use --force or another --out"):
+def finished_run(directory, config, force=False):
     """The record of the finished run of this configuration; None where it is still to be made.
 
     UserError, naming the fields, where a run of another configuration is in its place. `force`
@@ -264,49 +248,54 @@ def finished_run(directory, config, force=False, remedy="use --force or another 
                    for key in sorted({*config, *found}) if found.get(key) != config.get(key)]
     if differences:
         raise UserError(f"{directory} holds a run of another configuration "
-                        f"({'; '.join(differences)}): {remedy}")
+                        f"({'; '.join(differences)}): choose another --out, or delete it")
     return record
 
 
-def print_table(record, twin, twin_directory, twin_command, titles):
+def print_table(record, directory, titles):
     """Metrics of teacher, student and the student's untaught twin, a block for each test set.
 
-    twin: the twin's configuration; where that run isn't there, `twin_command` is shown instead.
-    titles: {metric: column title}; metrics without a value are left out.
+    Where the twin's run isn't there, the command that makes it. directory: the student's. titles:
+    {metric: column title}; metrics without a value are left out.
     """
-    config, rows = record["config"], {}
+    config = record["config"]
+    rows, twin = {f"student {config['student']}": record["metrics"]}, None
     if config["kd"]:
-        rows[f"teacher {config['teacher']}"] = record["teacher_metrics"]
-    rows[f"student {config['student']}"] = record["metrics"]
-    twin_record = load_run(twin_directory) if config["kd"] else None
-    if twin_record is not None and twin_record["config"] == twin:
-        rows[f"untaught {config['student']}"] = twin_record["metrics"]
+        plain = {key: value for key, value in config.items()
+                 if key not in DISTILLATION and not key.startswith("teacher_")} | {"kd": None}
+        twin = load_run(directory.parents[1] / config["student"] / directory.name)
+        twin = twin if twin and twin["config"] == plain else None
+        rows = {f"teacher {config['teacher']}": record["teacher_metrics"]} | rows
+    if twin:
+        rows[f"untaught {config['student']}"] = twin["metrics"]
     for test, metrics in record["metrics"].items():
         known = [name for name in titles if metrics.get(name) is not None]
-        columns = "".join(f"{titles[name]:<12}" for name in known)
-        print(f"\n{config['data'] + ', ' + test:<32}{columns}")
+        print(f"\n{config['data'] + ', ' + test:<32}"
+              + "".join(f"{titles[name]:<12}" for name in known))
         for label, tests in rows.items():
             values = [tests[test][name] for name in known]
             cells = ("-" if value is None else f"{value:.4f}" for value in values)
             print(f"{label:<32}" + "".join(f"{cell:<12}" for cell in cells))
-    if len(rows) == 2:
-        print(f"\nto see what teaching changed, train the untaught twin: {twin_command}")
+    if config["kd"] and not twin:
+        command = re.sub(r" --(kd([ =](offline|online))?|force"
+                         r"|(teacher|teacher-seed|temperature|alpha)[ =]\S+)(?= |$)", "",
+                         command_line())
+        print(f"\nto see what teaching changed, train the untaught twin: python {command}")
 
 
 # ---- Device, precision -------------------------------------------------------------------------
 
 
-def choose_device(name="auto"):
+def choose_device(name):
     """The torch device `name`; "auto": an accelerator if there is one. UserError if absent."""
-    if name == "auto":
-        accelerated = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")
+    if name == "auto" and torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator()
+    name = "cpu" if name == "auto" else name
     try:
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: there is no such device here; leave --device out "
-                        "to take the best there is") from None
+        raise UserError(f"--device {name}: there is no such device here; leave it out") from None
 
 
 def has_bfloat16(device):
@@ -316,14 +305,16 @@ def has_bfloat16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def command_line():
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
 def describe_environment(device, precision):
     """Versions, hardware and precision, for run.json."""
     on_gpu = device.type == "cuda"
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
+        "command": command_line(),
         "torch": torch.__version__,
-        "numpy": np.__version__,
         "platform": platform.platform(),
         "device": str(device),
         "hardware": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
@@ -343,20 +334,16 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help shows all flags)\n")
 
 
-def number(kind, low, high=1e9):
+def number(kind, low, high=10**9):
     """An argparse type: a number of `kind` (int or float) in low..high."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)  # argparse has a line for text that is no number
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole number' if kind is int else 'a number'} "
-                f"in {low:g}..{high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not in {low:g}..{high:g}")
         return value
 
+    parse.__name__ = "number" if kind is float else "whole number"
     return parse
 
 
@@ -387,7 +374,8 @@ def add_shared_arguments(parser, models, student, temperature):
     add("--seed", type=number(int, 0, 2**31), default=0,
         help="initialisation and data order (default: %(default)s)")
     add("--teacher-seed", type=number(int, 0, 2**31), help="the teacher's seed (default: seed + 1)")
-    add("--data-dir", type=Path, help="folder with the data (default: data)")
+    add("--data-dir", type=Path, default=Path("data"),
+        help="folder with the data (default: %(default)s)")
     add("--out", type=Path, default=Path("runs"), help="folder for runs (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add("--amp", action=argparse.BooleanOptionalAction,
@@ -398,30 +386,15 @@ def add_shared_arguments(parser, models, student, temperature):
 
 def check_shared_arguments(parser, args, temperature):
     """Fill in defaults that depend on other flags; refuse flags that would have no effect."""
-    distillation = ("teacher", "temperature", "alpha", "teacher_seed")
-    if args.kd is None:
-        for name in distillation:
-            if getattr(args, name) is not None:
-                flag = name.replace("_", "-")
-                parser.error(f"--{flag} has no effect without --kd: add --kd to distil")
-        return
-    defaults = args.student, temperature, 1.0, args.seed + 1
-    for name, default in zip(distillation, defaults):
-        if getattr(args, name) is None:
+    defaults = args.kd, args.student, args.seed + 1, temperature, 1.0
+    for name, default in zip(DISTILLATION, defaults):
+        if args.kd is None and getattr(args, name) is not None:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} has no effect without --kd: add --kd to distil")
+        if args.kd and getattr(args, name) is None:
             setattr(args, name, default)
     if args.teacher == args.student and args.teacher_seed == args.seed:
         parser.error("--teacher-seed: with the student's own seed the teacher would be its twin")
-
-
-def twin_command(parser, args):
-    """The command that trains the same student without a teacher."""
-    unused = ("student", "kd", "teacher", "temperature", "alpha", "teacher_seed", "force", "quiet",
-              "amp")
-    command = ["python", parser.prog, "--student", args.student]
-    for name, value in vars(args).items():
-        if name not in unused and value != parser.get_default(name):
-            command += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(command)
 
 
 def run_main(main, argv=None):

@@ -33,13 +33,11 @@ import train_sva
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 QUICK = ["--data", "synthetic", "--examples", "600", "--epochs", "3", "--device", "cpu"]
-SVA_QUICK = ["--data", "synthetic", "--examples", "200", "--epochs", "2", "--device", "cpu",
-             "--quiet"]
+SVA_QUICK = ["--data", "synthetic", "--examples", "200", "--epochs", "2", "--device", "cpu"]
 SETUPS = {
     "mlp": ["--student", "mlp"],
     "cnn": ["--student", "cnn"],
     "mlp-to-mlp": ["--student", "mlp", "--kd"],
-    "cnn-to-cnn": ["--student", "cnn", "--kd"],
     "cnn-to-mlp": ["--teacher", "cnn", "--student", "mlp", "--kd"],
     "mlp-to-cnn": ["--teacher", "mlp", "--student", "cnn", "--kd"],
     "cnn-to-mlp-online": ["--teacher", "cnn", "--student", "mlp", "--kd", "online"],
@@ -68,13 +66,12 @@ def assert_refused(capfd, script, arguments, expected):
     assert end.value.code == 2 and stderr.count("\n") == 1 and expected in stderr, stderr
 
 
-# ---- KD loss -------------------------------------------------------------------------------------
+# ---- KD loss and metrics -------------------------------------------------------------------------
 
 
 def test_kd_loss_is_the_formula():
     student, teacher = random_logits(4, 3).double(), random_logits(4, 3, seed=1).double()
-    labels = [0, 2, 1, 1]
-    temperature, alpha, total = 3.0, 0.7, 0.0
+    labels, temperature, alpha, total = [0, 2, 1, 1], 3.0, 0.7, 0.0
 
     def softmax(row, t):
         exponentials = [math.exp(value / t) for value in row]
@@ -82,8 +79,7 @@ def test_kd_loss_is_the_formula():
 
     for s, t, label in zip(student.tolist(), teacher.tolist(), labels):
         p, q = softmax(t, temperature), softmax(s, temperature)
-        divergence = sum(a * math.log(a / b) for a, b in zip(p, q))
-        total += alpha * temperature**2 * divergence
+        total += alpha * temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q))
         total -= (1 - alpha) * math.log(softmax(s, 1)[label])
     loss = common.kd_loss(student, teacher, torch.tensor(labels), temperature, alpha)
     assert loss.item() == pytest.approx(total / 4)
@@ -93,8 +89,7 @@ def test_kd_loss_identities():
     student, teacher = random_logits(10, 7).requires_grad_(), random_logits(10, 7, seed=1)
     teacher.requires_grad_()
     labels = torch.arange(10) % 7
-    cross_entropy = F.cross_entropy(student, labels)
-    one_hot = F.one_hot(labels, 7) * 1e4
+    cross_entropy, one_hot = F.cross_entropy(student, labels), F.one_hot(labels, 7) * 1e4
     assert common.kd_loss(student, student, None, 4).item() == pytest.approx(0, abs=1e-6)
     assert torch.allclose(common.kd_loss(student, teacher, labels, alpha=0), cross_entropy)
     assert torch.allclose(common.kd_loss(student, one_hot, labels), cross_entropy)
@@ -107,28 +102,21 @@ def test_kd_loss_identities():
     assert teacher.grad is None
 
 
-# ---- Metrics -------------------------------------------------------------------------------------
-
-
 def test_expected_calibration_error():
     # By hand, 2 bins, (0, .5] and (.5, 1]: .5 (right) | .9 (right), .8 (wrong), .6 (right).
     probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.9, 0.1, 0], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]])
-    labels = torch.tensor([0, 0, 0, 2])
     by_hand = 1 / 4 * abs(1 - 0.5) + 3 / 4 * abs(2 / 3 - (0.9 + 0.8 + 0.6) / 3)
+    labels = torch.tensor([0, 0, 0, 2])
     found = common.expected_calibration_error(probabilities, labels, n_bins=2)
     assert found == pytest.approx(by_hand, abs=1e-6)
-
     probabilities, labels = random_logits(500, 10).mul(2).softmax(1), torch.arange(500) % 10
     expected = 0.0
     for low in range(15):
         rows = [i for i in range(500) if low / 15 < probabilities[i].max() <= (low + 1) / 15]
-        if rows:
-            right = sum(int(probabilities[i].argmax() == labels[i]) for i in rows) / len(rows)
-            confidence = sum(probabilities[i].max().item() for i in rows) / len(rows)
-            expected += len(rows) / 500 * abs(right - confidence)
+        right = sum(int(probabilities[i].argmax() == labels[i]) for i in rows)
+        expected += abs(right - sum(probabilities[i].max().item() for i in rows)) / 500
     found = common.expected_calibration_error(probabilities, labels)
     assert found == pytest.approx(expected, abs=1e-6)
-    assert common.expected_calibration_error(F.one_hot(labels).float(), labels) == 0
 
 
 def test_error_consistency():
@@ -136,11 +124,8 @@ def test_error_consistency():
     a = torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 1, 1])  # right on 7
     b = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 0])  # 7 right, as a on 8; .7² + .3² = .58
     assert common.error_consistency(a, b, labels) == pytest.approx((0.8 - 0.58) / (1 - 0.58))
-    assert common.error_consistency(a, a, labels) == 1
     assert common.error_consistency(labels, labels, labels) == 1  # no errors at all: no NaN
     assert common.error_consistency(labels, a, labels) == pytest.approx(0)
-    opposite = torch.tensor([0, 1]), torch.tensor([1, 0])
-    assert common.error_consistency(*opposite, labels[:2]) == pytest.approx(-1)
 
 
 def test_js_divergence():
@@ -158,28 +143,24 @@ def test_js_divergence():
 def test_rsa_and_linear_cka():
     x = random_logits(300, 6).double() + 0.3
     rotation = torch.linalg.qr(random_logits(6, 6, seed=1).double())[0]
-    noise, wide = random_logits(300, 6, seed=2).double(), torch.cat([x, torch.zeros(300, 2)], dim=1)
-    assert common.rsa(x, 3 * x @ rotation) == pytest.approx(1) == common.rsa(x, wide)
+    noise = random_logits(300, 6, seed=2).double()
+    assert common.rsa(x, 3 * x @ rotation) == pytest.approx(1)
     assert common.linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
-    assert common.linear_cka(x, wide) == pytest.approx(1)
     # Unrelated rows of cosines share nothing but the 1 on the diagonal: 1 in about 1 + 300 / 6.
     assert common.rsa(x - 0.3, noise) < 0.05 and common.linear_cka(x, noise) < 0.1
     assert common.rsa(torch.zeros(5, 2), noise[:5]) == 0  # dead units: no NaN
-
+    wide = torch.cat([noise, x * noise], dim=1)  # the numbers of features may differ
     centring = torch.eye(300, dtype=torch.double) - 1 / 300
-    k, l = (centring @ (z @ z.T) @ centring for z in (x, noise))  # HSIC by kernels: eq. 3
+    k, l = (centring @ (z @ z.T) @ centring for z in (x, wide))  # HSIC by kernels: eq. 3
     by_kernels = ((k * l).sum() / (k.norm() * l.norm())).item()
-    assert common.linear_cka(x, noise) == pytest.approx(by_kernels)
-    a, b, rows = x[:8], torch.cat([noise, x * noise], dim=1)[:8], []
-    for i in range(8):
-        row_a = [torch.dot(a[i], other) / a[i].norm() / other.norm() for other in a]
-        row_b = [torch.dot(b[i], other) / b[i].norm() / other.norm() for other in b]
-        norms = math.sqrt(sum(v**2 for v in row_a)) * math.sqrt(sum(v**2 for v in row_b))
-        rows.append(sum(v * w for v, w in zip(row_a, row_b)) / norms)
-    assert common.rsa(a, b) == pytest.approx(float(sum(rows) / 8))
+    assert common.linear_cka(x, wide) == pytest.approx(by_kernels)
+    cosines = [[[(torch.dot(u, v) / u.norm() / v.norm()).item() for v in z] for u in z]
+               for z in (x[:8], wide[:8])]
+    rows = [np.dot(u, v) / np.linalg.norm(u) / np.linalg.norm(v) for u, v in zip(*cosines)]
+    assert common.rsa(x[:8], wide[:8]) == pytest.approx(np.mean(rows))
 
 
-# ---- Run files, progress, command line -----------------------------------------------------------
+# ---- Run files, progress, bad input --------------------------------------------------------------
 
 
 def save_example(directory, tag, force=False, **record):
@@ -188,18 +169,14 @@ def save_example(directory, tag, force=False, **record):
 
 
 def test_run_files(tmp_path):
-    directory = tmp_path / "a" / "seed0"
-    assert common.load_run(directory) is None and common.find_runs(tmp_path) == []
+    directory, config = tmp_path / "a" / "seed0", {"student": "x", "tag": 1}
+    assert common.load_run(directory) is None
     save_example(directory, 1, loss=math.nan)
     assert common.load_run(directory)["loss"] is None  # valid JSON, not the word NaN
-    assert common.find_runs(tmp_path) == [directory]
     assert sorted(p.name for p in directory.iterdir()) == ["model.pt", "outputs.npz", "run.json"]
     assert common.load_outputs(directory)["x"].tolist() == [0, 1, 2]
-    config = {"student": "x", "tag": 1}
     assert common.finished_run(directory, config)["config"] == config
     assert common.finished_run(directory, config | {"tag": 2}, force=True) is None
-    with pytest.raises(common.UserError, match="tag is 1, not 2"):
-        common.finished_run(directory, config | {"tag": 2})
     with pytest.raises(common.UserError, match="tag is 1, not 2"):  # another process was faster
         save_example(directory, 2)
     save_example(directory, 1, loss=3)
@@ -207,9 +184,6 @@ def test_run_files(tmp_path):
     save_example(directory, 2, force=True)
     assert common.load_run(directory)["config"]["tag"] == 2
     assert [path.name for path in directory.parent.iterdir()] == ["seed0"]  # nothing left behind
-    hidden = directory.with_name(".seed0.of-a-killed-process")
-    shutil.copytree(directory, hidden)
-    assert common.find_runs(tmp_path) == [directory]
     for name, load in (("outputs.npz", common.load_outputs), ("run.json", common.load_run),
                        ("model.pt", lambda d: common.load_weights(torch.nn.Linear(1, 1), d))):
         (directory / name).write_bytes((directory / name).read_bytes()[:-9])
@@ -235,32 +209,27 @@ def test_interrupted_save_leaves_the_old_run_or_the_new_one(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["seed0"]
 
 
-def test_progress_says_how_long(capsys, monkeypatch):
+def test_progress_says_where_it_is_and_how_long(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     progress = common.Progress(epochs=4)
     progress.start -= 10  # as if the first epoch had taken ten seconds
     progress.epoch(1, 0.5, 0.9, 10.0)
-    line = capsys.readouterr().out
-    assert "1/4" in line and "0.5" in line and "0.9" in line and "30 s left" in line
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    progress = common.Progress(epochs=4)
     progress.last_shown -= 1
     progress.step(2, 3, 8)
-    assert "batch 3/8" in capsys.readouterr().out
+    assert re.search(r"1/4 .*0\.5.*0\.9.* 30 s left\n.*batch 3/8", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("script, arguments, expected", [
     (mnist, ["--student", "rnn"], "invalid choice"),
     (mnist, ["--teacher", "cnn"], "--teacher has no effect without --kd"),
     (mnist, ["--kd", "--seed", "3", "--teacher-seed", "3"], "twin"),
-    (mnist, ["--epochs", "1.5"], "--epochs"),
-    (mnist, ["--kd", "--alpha", "nan"], "--alpha"),
+    (mnist, ["--epochs", "1.5"], "invalid whole number value: '1.5'"),
+    (mnist, ["--kd", "--alpha", "nan"], "not in 0..1"),
     (mnist, ["--lr", "1e9"], "try a lower --lr"),
     (mnist, ["--device", "cuda:99"], "--device cuda:99"),
-    (mnist, ["--out", "/proc/runs"], "another --out"),
+    (mnist, ["--out", "/proc/runs"], "/proc/runs"),
     (sva, ["--objective", "lm", "--student", "transformer"], "needs transformer-seq"),
-    (sva, ["--data-dir", "no/such/folder"], "no such folder"),
     (analyze_here, ["nowhere"], "no such folder"),
-    (analyze_here, [HERE, "--json", "/proc/folder/numbers.json"], "another --json"),
 ])
 def test_bad_input_is_one_line(tmp_path, capfd, script, arguments, expected):
     if script is not analyze_here:  # what the case gives comes last and wins
@@ -294,7 +263,7 @@ def test_no_step_waits_for_a_gpu_and_nothing_is_float64(tmp_path, monkeypatch, s
     monkeypatch.setattr(script, "test_all", lambda *_: ({"test": {}}, {}))  # metrics: on the CPU
     monkeypatch.setattr(common.Progress, "step", lambda *_: steps.append(len(watch.seen)))
     monkeypatch.setattr(common.Progress, "epoch", lambda *_: steps.append(None))
-    flags = [*SVA_QUICK, "--batch-size", 40, "--epochs", 1, *flags]
+    flags = [*SVA_QUICK, "--batch-size", 40, "--epochs", 1, "--quiet", *flags]
     for kd in ([], ["--kd", "--teacher", teacher], ["--kd", "online", "--teacher", teacher]):
         with Watch() as watch:
             in_process(script.main)(*flags, "--student", student, *kd, "--out", tmp_path)
@@ -332,8 +301,7 @@ def test_translate_and_scale():
 
 def test_synthetic_digits_are_seeded_centred_and_like_mnist():
     images, labels = train_mnist.synthetic_digits(2000, seed=0)
-    again, same_labels = train_mnist.synthetic_digits(2000, seed=0)
-    assert torch.equal(images, again) and torch.equal(labels, same_labels)
+    assert torch.equal(images, train_mnist.synthetic_digits(2000, seed=0)[0])
     assert not torch.equal(images, train_mnist.synthetic_digits(2000, seed=1)[0])
     assert labels.bincount().min() > 150
     assert images.shape == (2000, 28, 28) and images.dtype == torch.uint8
@@ -345,48 +313,26 @@ def test_synthetic_digits_are_seeded_centred_and_like_mnist():
         assert ink.select(axis, 0).mean() < 0.02  # hardly anything cut off at the edge
 
 
-def write_idx(path, array):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = bytes([0, 0, 8, array.ndim])
-    header += b"".join(size.to_bytes(4, "big") for size in array.shape)
-    path.write_bytes(header + array.tobytes())
-
-
-@pytest.fixture(scope="module")
-def mnist_files(tmp_path_factory):
-    """A folder laid out like MNIST, with the right sizes; image i is grey level i % 256."""
-    raw = tmp_path_factory.mktemp("data") / "MNIST" / "raw"
+def test_mnist_files_are_read_and_damage_is_reported(tmp_path, capfd):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
     for part, size in (("train", 60_000), ("t10k", 10_000)):
-        grey = np.arange(size).astype(np.uint8)
+        grey = np.arange(size).astype(np.uint8)  # image i is grey level i % 256
         images = np.broadcast_to(grey[:, None, None], (size, 28, 28))
-        write_idx(raw / f"{part}-images-idx3-ubyte", images)
-        write_idx(raw / f"{part}-labels-idx1-ubyte", grey % 10)
-    return raw
-
-
-def test_mnist_files_are_read(mnist_files):
-    source, digits = train_mnist.load_digits("auto", 60_000, mnist_files.parent.parent)
+        for name, array in (("images-idx3", images), ("labels-idx1", grey % 10)):
+            header = bytes([0, 0, 8, array.ndim])
+            header += b"".join(n.to_bytes(4, "big") for n in array.shape)
+            (raw / f"{part}-{name}-ubyte").write_bytes(header + array.tobytes())
+    source, digits = train_mnist.load_digits("auto", 60_000, tmp_path)
     data = train_mnist.make_data(digits, 60_000, CPU)
     assert source == "mnist" and [len(labels) for _, labels in data.values()] == [
         55_000, 5_000, 10_000, 10_000, 10_000]
     assert (data["validation"][0][0] == 55_000 % 256).all()
-
-
-@pytest.mark.parametrize("names", [
-    ["train-images-idx3-ubyte"], ["train-images-idx3-ubyte", "t10k-images-idx3-ubyte"]])
-def test_damaged_mnist_files_are_reported(mnist_files, tmp_path, capfd, names):
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in mnist_files.iterdir():
-        os.link(path, raw / path.name)
-    for name, other in zip(names, names[::-1]):  # two files swapped, one file cut short
-        (raw / name).unlink()
-        (raw / name).write_bytes((mnist_files / other).read_bytes()[:None if names[1:] else 1000])
+    (raw / "train-images-idx3-ubyte").write_bytes(b"cut")
     arguments = ["--device", "cpu", "--data-dir", tmp_path, "--out", tmp_path / "runs"]
     assert_refused(capfd, mnist, arguments, "damaged or swapped")
-    if len(names) == 1:  # once: nor does the grid go on
-        result = run_all(tmp_path / "runs", quick=False, DATA=str(tmp_path))
-        assert result.wait() == 2 and "damaged or swapped" in result.stderr.read()
+    result = run_all(tmp_path / "runs", quick=False, DATA=str(tmp_path))
+    assert result.wait() == 2 and "damaged or swapped" in result.stderr.read()
 
 
 def test_without_network_auto_takes_synthetic_digits_and_says_so(tmp_path, capfd, monkeypatch):
@@ -421,43 +367,36 @@ def grid(tmp_path_factory):
     return root, text, before
 
 
-def test_every_setup_leaves_a_complete_run(grid):
+def test_every_setup_leaves_a_complete_run_from_one_initialisation(grid):
     root, text, before = grid
-    names = {path.parent.name for path in common.find_runs(root) if path.name == "seed0"}
-    assert names == set(SETUPS) and len(before) == 6
+    assert len(before) == 6
     assert all(path.read_bytes() == content for path, content in before.items())  # teachers
     digits = train_mnist.load_digits("synthetic", 600, None)[1]
     images, labels = train_mnist.make_data(digits, 600, CPU)["test"]
+    first = {}
     for name in SETUPS:
         record, outputs = (load(root / name / "seed0")
                            for load in (common.load_run, common.load_outputs))
         assert set(record) >= {"data", "environment", "parameters", "history", "timing"}
         assert outputs["probe_epochs"].tolist() == [0, 1, 2, 3]
-        width = {"mlp": 32, "cnn": 64}[record["config"]["student"]]
-        assert outputs["probe_representations"].shape == (4, 100, width)
+        student, path = record["config"]["student"], outputs["probe_representations"]
+        assert path.shape == (4, 100, {"mlp": 32, "cnn": 64}[student])
+        plain = first.setdefault(student, path)
+        assert torch.equal(path[0], plain[0])
+        assert path is plain or not torch.allclose(path[-1], plain[-1])
         logits, metrics = outputs["test_logits"], record["metrics"]["test"]
         accuracy = (logits.argmax(dim=1) == labels).float().mean().item()
         assert metrics["accuracy"] == pytest.approx(accuracy)
         assert metrics["nll"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
         assert metrics["n"] == 100 and f"{accuracy:.4f}" in text[name]
         assert ("untaught" in text[name]) == ("-to-" in name)  # what teaching changed
-        model = train_mnist.MODELS[record["config"]["student"]]()
-        common.load_weights(model, root / name / "seed0")
+        model = common.load_weights(train_mnist.MODELS[student](), root / name / "seed0")
         amp = record["environment"]["precision"] == "bfloat16"
         assert (train_mnist.evaluate(model, images, amp)[0] - logits).abs().max() < 0.05
+    other = common.load_outputs(root / "mlp" / "seed1")["probe_representations"]
+    assert not torch.equal(first["mlp"][0], other[0])
     record = common.load_run(root / "cnn-to-mlp" / "seed0")
     assert record["teacher_metrics"] == common.load_run(root / "cnn" / "seed1")["metrics"]
-
-
-@pytest.mark.parametrize("student", ["mlp", "cnn"])
-def test_setups_of_one_seed_share_initialisation_but_not_outcome(grid, student):
-    paths = {name: common.load_outputs(grid[0] / name / "seed0")["probe_representations"]
-             for name in SETUPS if name.split("-online")[0].split("-")[-1] == student}
-    plain = paths.pop(student)
-    other = common.load_outputs(grid[0] / student / "seed1")["probe_representations"]
-    assert len(paths) >= 2 and not torch.equal(plain[0], other[0])
-    for path in paths.values():
-        assert torch.equal(path[0], plain[0]) and not torch.allclose(path[-1], plain[-1])
 
 
 def test_same_batches_in_every_setup_and_cached_logits_are_the_teachers(grid, tmp_path,
@@ -498,7 +437,7 @@ def test_answers_do_not_depend_on_the_other_examples_of_a_test(grid):
     assert all(torch.equal(a, b) for a, b in zip(statistics, model.buffers(), strict=True))
 
 
-def test_finished_run_is_not_repeated_and_repeats_exactly(grid, tmp_path, capsys):
+def test_finished_run_is_not_repeated_and_repeats_exactly(grid, capsys):
     out, directory = grid[0].parent, grid[0] / "cnn-to-mlp" / "seed0"
     before = (directory / "run.json").read_bytes()
     mnist(*SETUPS["cnn-to-mlp"], *QUICK, "--out", out)
@@ -509,10 +448,8 @@ def test_finished_run_is_not_repeated_and_repeats_exactly(grid, tmp_path, capsys
     assert common.load_run(directory)["metrics"] == json.loads(before)["metrics"]
 
 
-@pytest.mark.parametrize("examples, epochs", [(60, 1), (60, 4)])
-def test_few_steps_are_enough_for_the_schedule(tmp_path, examples, epochs):
-    mnist(*QUICK, "--examples", examples, "--batch-size", 50, "--epochs", epochs, "--quiet",
-          "--out", tmp_path)
+def test_one_step_is_enough_for_the_schedule(tmp_path):
+    mnist(*QUICK, "--examples", 60, "--epochs", 1, "--quiet", "--out", tmp_path)
     record = common.load_run(tmp_path / "mnist-synthetic" / "mlp" / "seed0")
     assert record["history"][0]["loss"] > 0
 
@@ -527,8 +464,6 @@ def test_runs_in_the_way_and_broken_teachers(grid, tmp_path, capfd):
     assert_refused(capfd, mnist, other, "epochs is 3, not 2")
     shutil.copy(root / "mlp" / "seed1" / "model.pt", root / "cnn" / "seed1")
     assert_refused(capfd, mnist, [*command, "--force"], "model.pt is missing, damaged or of")
-    (root / "cnn" / "seed1" / "run.json").write_text("{")
-    assert_refused(capfd, mnist, [*command, "--force"], "run.json is damaged")
     assert (root / "cnn-to-mlp" / "seed0" / "run.json").read_bytes() == finished
 
 
@@ -549,24 +484,25 @@ def start(folder, *arguments, largest_file=None):
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
-    return subprocess.Popen([sys.executable, "train_mnist.py", *arguments], cwd=folder, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=prepare)
+    return subprocess.Popen([sys.executable, "train_mnist.py", *arguments, *QUICK[:4],
+                             "--device", "cpu"], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, preexec_fn=prepare)
 
 
 def test_two_files_alone_do_the_main_job(copied_out):
-    process = start(copied_out, "--teacher", "cnn", "--student", "mlp", "--kd", *QUICK)
+    process = start(copied_out, "--teacher", "cnn", "--student", "mlp", "--kd", "--epochs", "2")
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0 and stderr == ""
     assert "teacher cnn" in stdout and "student mlp" in stdout and "s left" in stdout
     assert common.load_run(copied_out / "runs" / "mnist-synthetic" / "cnn-to-mlp" / "seed0")
-    command = re.search(r"untaught twin: python (.*)", stdout).group(1)  # as it stands
-    assert start(copied_out, *shlex.split(command)[1:], "--quiet").wait(60) == 0
+    command = re.search(r"untaught twin: python train_mnist.py (.*)", stdout).group(1)
+    assert start(copied_out, *shlex.split(command), "--quiet").wait(60) == 0  # as it stands
     assert common.load_run(copied_out / "runs" / "mnist-synthetic" / "mlp" / "seed0")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_killed_run_leaves_nothing_that_looks_finished(copied_out, how):
-    process = start(copied_out, "--student", "mlp", *QUICK, "--epochs", "100000", "--seed", "7")
+    process = start(copied_out, "--student", "mlp", "--epochs", "100000", "--seed", "7")
     for line in process.stdout:
         if "epoch  " in line:
             break
@@ -578,22 +514,21 @@ def test_killed_run_leaves_nothing_that_looks_finished(copied_out, how):
 
 
 def test_disk_that_is_full_at_the_end(copied_out):
-    process = start(copied_out, "--student", "mlp", *QUICK, "--seed", "8", "--quiet",
-                    largest_file=100_000)
+    process = start(copied_out, "--epochs", "1", "--seed", "8", "--quiet", largest_file=100_000)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 2 and stderr.count("\n") == 1 and "can't write" in stderr
     assert not list((copied_out / "runs" / "mnist-synthetic" / "mlp").glob("*seed8*"))
 
 
-# ---- SVA: sentences ------------------------------------------------------------------------------
+# ---- SVA: sentences and models -------------------------------------------------------------------
 
 
 def test_synthetic_sentences_are_what_they_claim():
     """Number, attractors and distance once more, from the words alone."""
     number_of = {noun + s: bool(s) for noun in train_sva.NOUNS for s in ("", "s")}
     lemmas = {*train_sva.TRANSITIVE, *train_sva.INTRANSITIVE, *train_sva.THINKING}
-    assert len(number_of) == 2 * len(set(train_sva.NOUNS)) and not lemmas & set(number_of)
     parts = train_sva.synthetic_sentences(2000)
+    assert parts == train_sva.synthetic_sentences(2000)
     for name, part in parts.items():
         slips = 0
         for sentence in part:
@@ -617,10 +552,9 @@ def test_synthetic_sentences_are_what_they_claim():
         assert right < 0.75
     seen = {train_sva.before_verb(sentence) for sentence in parts["train"]}
     assert not seen & {train_sva.before_verb(sentence) for sentence in parts["test"]}
-    assert parts == train_sva.synthetic_sentences(2000)
 
 
-def test_vocabulary_comes_from_training_sentences_alone():
+def test_vocabulary_and_other_form_of_a_verb():
     sentence = train_sva.Sentence("the cat sees the dog", 2, False, 0, 1, ("sees", "see"))
     vocabulary = train_sva.make_vocabulary([sentence])
     assert vocabulary["the"] == 4 and sorted(vocabulary.values()) == [4, 5, 6, 7]
@@ -631,12 +565,8 @@ def test_vocabulary_comes_from_training_sentences_alone():
     endless = sentence._replace(text="the " * 300 + "cat sees", verb=301)
     split, left_out = train_sva.encode([endless, sentence], vocabulary, "classification")
     assert len(split.lengths) == left_out == 1
-
-
-def test_other_form_of_a_verb():
     known = {"is", "are", "goes", "go", "tries", "try", "sees", "see", "'", "s"}
-    pairs = [("is", "are"), ("goes", "go"), ("tries", "try"), ("sees", "see")]
-    for singular, plural in pairs:
+    for singular, plural in (("is", "are"), ("goes", "go"), ("tries", "try"), ("sees", "see")):
         assert train_sva.counterpart(singular, False, known) == plural
         assert train_sva.counterpart(plural, True, known) == singular
     assert train_sva.counterpart("'s", False, known) is None
@@ -663,18 +593,11 @@ def test_batches_have_little_padding_and_leave_out_no_sentence_for_long():
         assert not row[length:].any()
 
 
-# ---- SVA: models ---------------------------------------------------------------------------------
-
-
-def sva_model(name, objective="classification"):
-    return train_sva.build_model(name, 0, 20, objective, CPU).eval()
-
-
 @pytest.mark.parametrize("name", train_sva.MODELS)
 @torch.no_grad()
 def test_padding_has_no_influence_and_only_the_class_token_sees_both_sides(name):
-    model, lengths = sva_model(name), torch.tensor([5, 7])
-    tokens = torch.randint(4, 20, (2, 7), generator=torch.Generator().manual_seed(0))
+    model = train_sva.build_model(name, 0, 20, "classification", CPU).eval()
+    tokens, lengths = random_logits(2, 7).mul(99).long() % 16 + 4, torch.tensor([5, 7])
     tokens[0, 5:] = train_sva.PAD
     both = model.represent(tokens, lengths)
     assert torch.allclose(model.represent(tokens[:1, :5], lengths[:1]), both[:1], atol=1e-5)
@@ -689,23 +612,15 @@ def test_padding_has_no_influence_and_only_the_class_token_sees_both_sides(name)
     else:
         assert torch.allclose(before[:, :4], after[:, :4], atol=1e-5)
         assert (before[:, 4] - after[:, 4]).abs().max() > 1e-4
-
-
-def test_universal_transformer_shares_its_layer():
-    model, calls = sva_model("ut-seq"), []
-    block, = model.blocks
-    block.register_forward_hook(lambda *_: calls.append(1))
-    model.represent(torch.full((1, 3), 5), torch.tensor([3]))
-    assert len(calls) == model.layers > 1
+    assert name != "ut-seq" or len(model.blocks) == 1 < model.layers  # one layer shared
 
 
 @torch.no_grad()
 def test_language_model_scores_words_and_verb_forms_like_a_loop():
-    model = sva_model("lstm-small", "lm")
+    model = train_sva.build_model("lstm-small", 0, 20, "lm", CPU).eval()
     sentence = train_sva.Sentence("a b c d", 2, True, 0, 1, ("b", "c"))
     other = sentence._replace(text="a c d", verb=1)
-    vocabulary = {"a": 4, "b": 5, "c": 6, "d": 7}
-    split, _ = train_sva.encode([sentence, other], vocabulary, "lm")
+    split, _ = train_sva.encode([sentence, other], {"a": 4, "b": 5, "c": 6, "d": 7}, "lm")
     logits, _, perplexity = train_sva.evaluate(model, split, "lm", False)
     tokens, lengths, where, labels = train_sva.questions(split, 6, 9, "lm")
     in_training = train_sva.answer(model, tokens, lengths, where).log_softmax(dim=1)
@@ -727,8 +642,7 @@ def test_language_model_scores_words_and_verb_forms_like_a_loop():
 def test_agreement_metrics_by_hand():
     logits = torch.tensor([[2.0, 0]] * 4)  # says singular, always
     labels, attractors = torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 0, 6])
-    distance = torch.tensor([1, 20, 3, 3])
-    metrics = train_sva.agreement_metrics(logits, labels, attractors, distance)
+    metrics = train_sva.agreement_metrics(logits, labels, attractors, torch.tensor([1, 20, 3, 3]))
     assert metrics["accuracy"] == 0.75
     assert metrics["a_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
     assert metrics["accuracy_by_attractors"] == {"0": pytest.approx(2 / 3), "4": 1.0}
@@ -740,8 +654,8 @@ def test_agreement_metrics_by_hand():
 # ---- SVA: files of Linzen et al. -----------------------------------------------------------------
 
 NUMPRED = sorted(f"numpred.{name}" for name in ("train", "val", *(f"test.{k}" for k in range(6))))
-HEAD = "sentence\tverb_pos\tsubj_index\tverb_index\tn_diff_intervening\tdistance"
 TABLE = "agr_50_mostcommon_10K.tsv"
+HEAD = "sentence\tverb_pos\tsubj_index\tverb_index\tn_diff_intervening\tdistance"
 
 
 def write_table(path, rows=None):
@@ -758,34 +672,29 @@ def write_before_verbs(folder, leave_out=()):
         (folder / name).write_text("".join(lines))
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_table_is_read(tmp_path, suffix):
-    write_table(tmp_path / f"{TABLE}{suffix}")
-    files = train_sva.find_linzen(tmp_path)
-    parts = train_sva.read_linzen(files)
-    assert [len(part) for part in parts.values()] == [60, 6, 534]
-    assert train_sva.count_training_sentences(files) == 60
-    sentence = parts["train"][0]
-    assert sentence.text.split()[sentence.verb] == ("are" if sentence.plural else "is")
-    assert sentence.distance == 3
+def test_both_layouts_are_read(tmp_path):
+    write_before_verbs(tmp_path)
+    source, sizes, parts = train_sva.load_sentences("auto", tmp_path)
+    assert source == "linzen" and sorted(sizes) == NUMPRED
+    assert [len(part) for part in parts.values()] == [80, 80, 480]
+    assert parts["test"][-1].attractors == 5 and parts["test"][0].forms == ("VBZ", "VBP")
+    for name in (f"{TABLE}.gz", TABLE):
+        write_table(tmp_path / name)
+        _, sizes, parts = train_sva.load_sentences("auto", tmp_path)
+        assert list(sizes) == [name] and [len(part) for part in parts.values()] == [60, 6, 534]
+        sentence = parts["train"][0]
+        assert sentence.text.split()[sentence.verb] == ("are" if sentence.plural else "is")
+        assert sentence.distance == 3
     vocabulary = train_sva.make_vocabulary(parts["train"])
     split, left_out = train_sva.encode(parts["test"], vocabulary, "lm")
     forms = torch.tensor([vocabulary["is"], vocabulary["are"]])
     assert left_out == 0 and (split.forms == forms).all()
 
 
-def test_words_before_the_verb_are_read(tmp_path):
-    write_before_verbs(tmp_path)
-    parts = train_sva.read_linzen(train_sva.find_linzen(tmp_path))
-    assert [len(part) for part in parts.values()] == [80, 80, 480]
-    assert parts["test"][-1].attractors == 5 and parts["test"][0].forms == ("VBZ", "VBP")
-
-
 @pytest.mark.parametrize("damage, expected", [
     (lambda f: write_table(f / TABLE, ["a b\tVBZ\t1\t2\t0\t1", "broken"]), "line 3"),
-    (lambda f: (f / TABLE).write_text(""), "is empty"),
-    (lambda f: (f / TABLE).write_bytes(f"{HEAD}\n".encode() + b"\xff\xfe\n"), "not UTF-8"),
-    (lambda f: (f / f"{TABLE}.gz").write_bytes(b"not gzip"), "can't be read"),
+    (lambda f: (f / TABLE).write_bytes(f"{HEAD}\n".encode() + b"\xff\xfe\n"), "can't decode"),
+    (lambda f: (f / f"{TABLE}.gz").write_bytes(b"not gzip"), "ot a gzipped file"),
     (lambda f: (write_before_verbs(f), (f / "numpred.val").write_text("VBZ\ta\nVBX\n")), "line 2"),
     (lambda f: write_before_verbs(f, ("numpred.train", "numpred.test.3")),
      "no numpred.train, numpred.test.3"),
@@ -808,13 +717,10 @@ def server(tmp_path_factory):
             archive.add(path, f"../../{path.name}")
         archive.add(folder / f"{TABLE}.gz", "/tmp/not-asked-for")
 
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=folder)
-
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            fault, _, self.path = self.path[1:].partition("/")
-            found = b"<html>gone</html>" if fault == "html" else (folder / self.path).read_bytes()
+            fault, name = self.path[1:].split("/")
+            found = b"<html>gone</html>" if fault == "html" else (folder / name).read_bytes()
             if fault == "hangs":
                 return time.sleep(1.5)
             self.send_response(200)
@@ -833,7 +739,7 @@ def server(tmp_path_factory):
 
 @pytest.mark.parametrize("first, second", [
     ("html/table", "whole/archive"), ("cut/table", "whole/archive"), ("hangs/table", "whole/table"),
-    ("refused/table", "whole/table"), ("cut/archive", "whole/table"), ("cut/table", "html/archive"),
+    ("refused/table", "whole/table"), ("cut/archive", "html/table"),
 ])
 def test_sentences_are_fetched_whole_or_not_at_all(server, tmp_path, monkeypatch, capfd, first,
                                                    second):
@@ -844,38 +750,25 @@ def test_sentences_are_fetched_whole_or_not_at_all(server, tmp_path, monkeypatch
         sources.append((f"{address}/{fault}/{names[kind]}", names[kind]))
     monkeypatch.setattr(train_sva, "SOURCES", sources)
     monkeypatch.setattr(train_sva, "TIMEOUT", 0.5)
-    folder = tmp_path / "data"
-    command = ["--data", "linzen", "--data-dir", folder, "--out", tmp_path / "runs", "--epochs", 1,
-               "--student", "lstm-small", "--quiet", "--device", "cpu"]
-    folder.mkdir()
     if second.startswith("html"):
         with pytest.raises(SystemExit) as end:
-            sva(*command)
+            sva("--data", "linzen", "--data-dir", tmp_path, "--out", tmp_path.parent / "runs")
         lines = capfd.readouterr().err.splitlines()
         assert end.value.code == 2 and "can't fetch" in lines[-1] and len(lines) == 3
-        assert not list(folder.iterdir())
-        return
-    sva(*command)
-    assert common.load_run(tmp_path / "runs" / "sva-linzen" / "lstm-small" / "seed0")
-    fetched = sorted(path.name for path in folder.iterdir())
-    assert fetched == ([f"{TABLE}.gz"] if second == "whole/table" else NUMPRED)
+        assert not list(tmp_path.iterdir())
+    else:
+        assert train_sva.load_sentences("linzen", tmp_path)[0] == "linzen"
+        fetched = sorted(path.name for path in tmp_path.iterdir())
+        assert fetched == ([f"{TABLE}.gz"] if second == "whole/table" else NUMPRED)
 
 
-def test_examples_are_drawn_once(tmp_path, capfd):
+def test_examples_are_drawn_once_and_files_told_apart(tmp_path, capfd):
     write_before_verbs(tmp_path)
-    files = train_sva.find_linzen(tmp_path)
-    few, described = train_sva.make_data("linzen", files, 30, "lm", CPU)
-    again, _ = train_sva.make_data("linzen", files, 30, "lm", CPU)
-    assert described["train"] == 30 and torch.equal(few["train"].tokens, again["train"].tokens)
-    assert described["test"] == 480
-    command = ["--data-dir", tmp_path, "--out", tmp_path / "runs", "--quiet", "--device", "cpu"]
-    assert_refused(capfd, sva, [*command, "--examples", 81], "there are 80")
-
-
-def test_real_sentences_are_told_apart_by_their_files(tmp_path, capfd):
-    write_before_verbs(tmp_path)
+    parts, again = (train_sva.load_sentences("linzen", tmp_path, 30)[2] for _ in range(2))
+    assert parts == again and len(parts["train"]) == 30 and len(parts["test"]) == 480
     command = ["--data-dir", tmp_path, "--out", tmp_path / "runs", "--epochs", 1, "--quiet",
                "--student", "lstm-small", "--device", "cpu"]
+    assert_refused(capfd, sva, [*command, "--examples", 81], "there are 80")
     sva(*command)
     (tmp_path / "numpred.val").write_text("VBZ\tthe key\n")
     assert_refused(capfd, sva, command, "bytes is")  # not the data that run was made with
@@ -888,7 +781,7 @@ def test_real_sentences_are_told_apart_by_their_files(tmp_path, capfd):
 def test_sva_setups(tmp_path, monkeypatch, objective):
     """Complete runs, one initialisation, the same batches, a teacher that rests."""
     root = tmp_path / ("sva-lm-synthetic" if objective == "lm" else "sva-synthetic")
-    command = [*SVA_QUICK, "--objective", objective, "--out", tmp_path]
+    command = [*SVA_QUICK, "--objective", objective, "--out", tmp_path, "--quiet"]
     for model in train_sva.MODELS:
         if (objective, model) != ("lm", "transformer"):
             sva(*command, "--student", model, "--seed", 1)
@@ -909,40 +802,38 @@ def test_sva_setups(tmp_path, monkeypatch, objective):
     setups = {"transformer-seq": [], "transformer-seq-to-transformer-seq": ["--kd"],
               "lstm-to-transformer-seq": ["--kd", "--teacher", "lstm"],
               "lstm-to-transformer-seq-online": ["--kd", "online", "--teacher", "lstm"]}
-    outputs, seen = {}, {}
+    paths, seen = {}, {}
     for name, flags in setups.items():
         sva(*command, "--student", "transformer-seq", *flags)
-        outputs[name], seen[name] = common.load_outputs(root / name / "seed0"), batches[:]
-        batches.clear()
         while_training = [training for gradient, training in asked if gradient]
         if name == "lstm-to-transformer-seq":  # a classifier's teacher is never asked, a language
             assert bool(while_training) == (objective == "lm")  # model's in eval mode
             assert not any(while_training)
+        seen[name] = batches[:]
+        batches.clear()
         asked.clear()
-    assert (root / "lstm" / "seed1" / "model.pt").read_bytes() == before
-    plain = outputs["transformer-seq"]["probe_representations"]
-    for name, arrays in outputs.items():
-        metrics = common.load_run(root / name / "seed0")["metrics"]["test"]
+        record, arrays = (load(root / name / "seed0")
+                          for load in (common.load_run, common.load_outputs))
+        metrics, paths[name] = record["metrics"]["test"], arrays["probe_representations"]
         correct = arrays["test_logits"].argmax(dim=1) == arrays["test_labels"]
         groups = arrays["test_attractors"].clamp(max=4)
         by_group = [correct[groups == k].float().mean().item() for k in range(5)]
-        assert metrics["accuracy"] == pytest.approx(correct.float().mean().item())
         assert metrics["n"] == len(correct) >= 90  # of 100; some lack the verb's other form
         assert metrics["a_accuracy"] == pytest.approx(np.mean(by_group))
         assert ("perplexity" in metrics) == (objective == "lm")
-        assert torch.equal(arrays["probe_representations"][0], plain[0])
-        assert name == "transformer-seq" or not torch.allclose(arrays["probe_representations"][-1],
-                                                               plain[-1])
-        assert all(torch.equal(a, b) for a, b in zip(seen[name], seen["transformer-seq"],
-                                                     strict=True))
-    assert not torch.equal(seen["transformer-seq"][0], seen["transformer-seq"][-1])
-    config = common.load_run(root / "lstm-to-transformer-seq-online" / "seed0")["config"]
-    assert config["teacher_batch_size"] == config["batch_size"]
+    assert (root / "lstm" / "seed1" / "model.pt").read_bytes() == before
+    plain, *taught = setups
+    assert not torch.equal(seen[plain][0], seen[plain][-1])
+    for name in taught:
+        assert torch.equal(paths[name][0], paths[plain][0])
+        assert not torch.allclose(paths[name][-1], paths[plain][-1])
+        assert all(torch.equal(a, b) for a, b in zip(seen[name], seen[plain], strict=True))
+    assert record["config"]["teacher_batch_size"] == record["config"]["batch_size"]  # online
 
 
 def test_diverged_language_model_has_no_perplexity_and_can_teach(tmp_path, capfd):
-    command = [*SVA_QUICK[:-1], "--objective", "lm", "--student", "lstm-small", "--lr", 1000,
-               "--out", tmp_path]
+    command = [*SVA_QUICK, "--objective", "lm", "--student", "lstm-small", "--lr", 1000, "--out",
+               tmp_path]
     sva(*command, "--seed", 1)
     record = common.load_run(tmp_path / "sva-lm-synthetic" / "lstm-small" / "seed1")
     assert record["metrics"]["test"]["perplexity"] is None  # valid JSON
@@ -954,12 +845,11 @@ def test_diverged_language_model_has_no_perplexity_and_can_teach(tmp_path, capfd
 
 
 def test_t_test():
-    tabulated = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 120: 1.980}
-    for degrees, expected in tabulated.items():
-        assert analyze.t_quantile(degrees) == pytest.approx(expected, abs=6e-4)
     mean, low, high, *_ = analyze.t_test([1.0, 2.0, 3.0, 4.0])  # standard error sqrt(5/3) / 2
-    expected = 2.5, 2.5 - 3.1824 * 0.645497, 2.5 + 3.1824 * 0.645497
-    assert (mean, low, high) == pytest.approx(expected, abs=1e-4)
+    expected = 2.5, 2.5 - 3.1824 * 0.645497, 2.5 + 3.1824 * 0.645497  # tabulated: t(3) = 3.182
+    assert (mean, low, high) == pytest.approx(expected, abs=1e-3)
+    assert analyze.t_probability(1, 12.706)[1][-1].item() == pytest.approx(0.95, abs=1e-5)
+    assert analyze.t_probability(9, 4.781)[1][-1].item() == pytest.approx(0.999, abs=1e-5)
     for values, margin, expected in (
             ([0.1, 0.2, 0.3], 0, "inconclusive"), ([0.1, 0.2], 0, "untested"),
             ([0.2, 0.21, 0.22], 0, "supported"), ([-0.2, -0.21, -0.22], 0, "contradicted"),
@@ -975,17 +865,15 @@ def test_few_false_verdicts_on_variance():
     """Simulated seeds without any difference between two kinds of model: 5 % false verdicts."""
     generator = torch.Generator().manual_seed(0)
     for n, features in itertools.product((3, 4, 8), (1, 30)):
-        false = 0
-        for weak, strong in torch.randn(1000, 2, n, features, generator=generator).double():
-            spread = torch.cdist(weak, weak).square() - torch.cdist(strong, strong).square()
-            verdict = analyze.t_test(analyze.jackknife(spread).tolist())[3]
-            false += verdict != "inconclusive"
-        assert false <= 70, (n, features)
+        weak, strong = torch.randn(2, 1000, n, features, generator=generator).double()
+        spread = torch.cdist(weak, weak).square() - torch.cdist(strong, strong).square()
+        values = torch.stack([analyze.jackknife(pairs) for pairs in spread])
+        half = {3: 4.3027, 4: 3.1824, 8: 2.3646}[n] * values.std(dim=1) / math.sqrt(n)
+        assert (values.mean(dim=1).abs() > half).sum() <= 70, (n, features)
     pairs = torch.rand(6, 6, generator=generator)
-    pairs = pairs + pairs.T
-    others = torch.eye(6) == 0
-    left_out = [pairs[1:, 1:][others[1:, 1:]].mean()]  # the pseudo-value of the first seed
-    expected = 6 * pairs[others].mean() - 5 * left_out[0]
+    pairs, others = pairs + pairs.T, torch.eye(6) == 0
+    left_out = pairs[1:, 1:][others[1:, 1:]].mean()  # the pseudo-value of the first seed
+    expected = 6 * pairs[others].mean() - 5 * left_out
     assert analyze.jackknife(pairs)[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -1076,7 +964,6 @@ def test_nothing_is_claimed_of_two_kinds_that_are_one(tmp_path):
         record = common.load_run(directory)
         record["config"] |= {"student": "cnn", "seed": seed - 4}
         common.write_json(directory / "run.json", record)
-        shutil.copy(root / "mlp" / "seed0" / "model.pt", directory)
     claims = {claim["claim"]: claim["verdict"] for claim in analyzed(tmp_path)["claims"]}
     assert set(claims) == {"the stronger bias generalises better",
                            "a stronger bias, less variance of predictions",
@@ -1084,18 +971,14 @@ def test_nothing_is_claimed_of_two_kinds_that_are_one(tmp_path):
     assert set(claims.values()) == {"inconclusive"}
 
 
-def test_comparisons_take_at_most_10000_examples_of_a_test(grid, monkeypatch):
+def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(analyze, "COMPARED_EXAMPLES", 40)
     group, = analyze.load_groups(grid[0], [])
-    for run in group.runs.values():
-        assert {len(answers) for answers in run.answers.values()} == {40}
-
-
-def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd):
+    assert {len(a) for run in group.runs.values() for a in run.answers.values()} == {40}
     out = shutil.copytree(grid[0], tmp_path / "runs" / "mnist-synthetic")
     (out / "cnn-to-mlp" / "seed0" / "run.json").write_text('{"config": ')
     (out / "mlp-to-mlp" / "seed0" / "outputs.npz").write_bytes(b"PK")
-    (out / "cnn-to-cnn" / "seed0" / "model.pt").unlink()
+    (out / "mlp-to-cnn" / "seed0" / "model.pt").unlink()
     record = common.load_run(out / "mlp" / "seed0")
     record["environment"]["precision"] = "float7"
     common.write_json(out / "mlp" / "seed0" / "run.json", record)
@@ -1106,14 +989,13 @@ def test_analysis_names_what_is_missing_and_does_the_rest(grid, tmp_path, capfd)
     analyze_here(tmp_path / "runs", "--json", tmp_path / "numbers" / "all.json")
     stdout, stderr = capfd.readouterr()
     assert stderr == "" and stdout.count("**(a)") == 2  # other examples: a group of its own
-    accuracies = [np.mean([record["metrics"][test]["accuracy"] for test in ("scaled", "translated")])
-                  for record in (common.load_run(out / "other" / "seed0"), record)]
+    accuracy = np.mean([record["metrics"][test]["accuracy"] for test in ("scaled", "translated")])
     assert re.search(r"\(h\).*\n\n.*300 .*600", stdout)
-    assert f"| mlp | {accuracies[0]:.3f}" in re.sub(" +", " ", stdout)
+    assert f"| mlp | {accuracy:.3f}" in re.sub(" +", " ", stdout)
     missing = stdout[stdout.index("## What is missing"):].splitlines()
     for expected in ("left out:.*cnn-to-mlp.*damaged", "left out:.*mlp-to-mlp.*damaged",
-                     "no barrier for cnn-to-cnn", "left out:.*chess",
-                     "is a second mlp of seed 0", "different precision"):
+                     "no barrier.*mlp-to-cnn", "left out:.*chess",
+                     "a second mlp of seed 0", "different precision"):
         assert any(re.search(expected, line) for line in missing), (expected, missing)
     assert json.loads((tmp_path / "numbers" / "all.json").read_text())["missing"]
 
@@ -1144,30 +1026,23 @@ def commands_of(OUT=str(HERE / "runs"), **options):
     return [line for line in stdout.splitlines() if "train_" in line], stderr
 
 
-@pytest.fixture(scope="module")
-def tiny_grid(tmp_path_factory):
-    """A whole grid in a folder with a blank in its name, killed and completed."""
-    out = tmp_path_factory.mktemp("grid") / "tiny grid"
+def test_grid_killed_and_restarted_is_complete_and_analysed(tmp_path, capfd):
+    out = tmp_path / "tiny grid"
     process = run_all(out)
-    while len(common.find_runs(out)) < 3:
+    while len(killed_at := list(out.glob("*/*/seed*/run.json"))) < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    killed_at = {path: (path / "run.json").stat().st_mtime_ns for path in common.find_runs(out)}
+    killed_at = {path: path.stat().st_mtime_ns for path in killed_at}
     for line in commands_of(OUT=str(out))[0]:  # in this process, which is faster
         script, *arguments = shlex.split(line)[2:]
         {"train_mnist.py": mnist, "train_sva.py": sva}[script](*arguments, "--quiet")
     for path, then in killed_at.items():  # what was finished is not repeated
-        assert (path / "run.json").stat().st_mtime_ns == then
-    return out
-
-
-def test_grid_killed_and_restarted_is_complete_and_analysed(tiny_grid, capfd):
+        assert path.stat().st_mtime_ns == then
     capfd.readouterr()
-    analyze_here(tiny_grid, "--json", tiny_grid / "analysis.json")
+    analyze_here(out, "--json", out / "analysis.json")
     stdout = capfd.readouterr().out
-    assert len(common.find_runs(tiny_grid)) == len(commands_of()[0]) == 22
     for title in ("## MNIST, data: synthetic", "## Subject-verb agreement, data: synthetic",
                   "## Subject-verb agreement, language models, data: synthetic"):
         assert title in stdout
@@ -1175,7 +1050,7 @@ def test_grid_killed_and_restarted_is_complete_and_analysed(tiny_grid, capfd):
         assert stdout.count(f"**({table})") == 3
     assert "fewer than 3 seeds" in stdout and "supported" not in stdout  # one seed proves nothing
     assert max(map(len, stdout.splitlines())) <= 120
-    numbers = json.loads((tiny_grid / "analysis.json").read_text())
+    numbers = json.loads((out / "analysis.json").read_text())
     assert len([run for group in numbers["groups"] for run in group["runs"]]) == 22
 
 
@@ -1207,12 +1082,10 @@ def test_commands_of_the_grid(tmp_path):
     assert not any("--seed 4" in line for line in few if "--kd" in line)
     write_before_verbs(tmp_path)
     lines, stderr = commands_of(quick=False, DATA=str(tmp_path))
-    for line in lines:
-        if "train_sva" in line:
-            assert "--data linzen" in line and f"--data-dir {tmp_path}" in line
-        else:
-            assert "--data synthetic" in line
     assert "SYNTHETIC digits" in stderr and len(lines) > 50
+    for line in lines:
+        real = "--data linzen" in line and f"--data-dir {tmp_path}" in line
+        assert real if "train_sva" in line else "--data synthetic" in line
 
 
 @pytest.mark.parametrize("arguments, variables, expected", [

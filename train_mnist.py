@@ -129,25 +129,22 @@ def scale(images, factor=0.7):
 def load_mnist(data_dir):
     """(train images, train labels, test images, test labels), downloaded if they are not there.
 
-    FileNotFoundError where they can't be had; UserError where the files are damaged.
+    None where they can't be had; UserError where the files are damaged.
     """
     from torchvision.datasets import MNIST  # takes a second to import, so not for synthetic data
 
-    raw = Path(data_dir) / "MNIST" / "raw"
-    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k")
-             for kind in ("images-idx3", "labels-idx1")]
     socket.setdefaulttimeout(10)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # a line for every mirror that fails
             train, test = MNIST(data_dir, True, download=True), MNIST(data_dir, False)
         tensors = train.data, train.targets, test.data, test.targets
-        sizes = [len(tensor) for tensor in tensors]
-        if sizes != [60_000, 60_000, 10_000, 10_000]:
-            raise ValueError(f"sizes {sizes}")
+        if [len(tensor) for tensor in tensors] != [60_000, 60_000, 10_000, 10_000]:
+            raise ValueError("wrong sizes")
         return tensors
     except Exception as error:  # torchvision reports damage in many ways
-        if not all((raw / name).is_file() for name in names):
-            raise FileNotFoundError(f"MNIST is not in {raw} and can't be downloaded") from None
+        raw = Path(data_dir) / "MNIST" / "raw"
+        if len(list(raw.glob("*-ubyte"))) < 4:
+            return None
         reason = " ".join(str(error).split())
         raise common.UserError(f"the MNIST files in {raw} are damaged or swapped ({reason}); "
                                "delete that folder to download them again") from None
@@ -204,18 +201,17 @@ def synthetic_digits(n, seed):
 def load_digits(source, examples, data_dir):
     """(source, (train images, train labels, test images, test labels)).
 
-    source "auto": MNIST if it can be had, else synthetic digits, with a warning. UserError where
-    MNIST is asked for and can't be had.
+    source "auto": MNIST if it can be had, else synthetic digits, with a warning.
     """
     if source != "synthetic":
-        try:
-            return "mnist", load_mnist(data_dir)
-        except FileNotFoundError as error:
-            if source == "mnist":
-                raise common.UserError(f"{error}: put its four files there, "
-                                       "or use --data synthetic") from None
-            print(f"\n*** WARNING: {error}.\n*** Using SYNTHETIC digits drawn here: "
-                  "no figure of this run is about MNIST.\n", file=sys.stderr)
+        digits = load_mnist(data_dir)
+        if digits is not None:
+            return "mnist", digits
+        problem = f"MNIST is not in {data_dir}/MNIST/raw and can't be downloaded"
+        if source == "mnist":
+            raise common.UserError(f"{problem}: put its files there, or use --data synthetic")
+        print(f"\n*** WARNING: {problem}.\n*** Using SYNTHETIC digits drawn here: "
+              "no figure of this run is about MNIST.\n", file=sys.stderr)
     train, test = synthetic_digits(examples, seed=0), synthetic_digits(examples // 6, seed=1)
     return "synthetic", (*train, *test)
 
@@ -273,20 +269,20 @@ def run(config, data, args, force=False):
     distillation is such a run too: it is loaded, or trained first.
     """
     directory = run_directory(config, args)
-    record = common.finished_run(directory, config, force, "delete it, or choose another --out")
+    record = common.finished_run(directory, config, force)
     if record is not None:
+        if not args.quiet:
+            print(f"{directory} is finished already; --force repeats the student's run")
         return record
     device, online, offline = args.device, config["kd"] == "online", config["kd"] == "offline"
 
     if offline:
         teacher_config = plain_config(args.teacher, args.teacher_seed, config["data"], args)
-        teacher_record = run(teacher_config, data, args)
+        teacher_metrics = run(teacher_config, data, args)["metrics"]
         teacher = build_model(config["teacher"], config["teacher_seed"], device)
         common.load_weights(teacher, run_directory(teacher_config, args))
         # Neither the teacher nor the digits change: it is asked once for each digit.
-        start = time.perf_counter()
         teacher_logits = evaluate(teacher, data["train"][0], args.amp)[0].to(device)
-        teacher_seconds = time.perf_counter() - start
 
     # The student and, online, the teacher that learns beside it: a parameter group for each.
     student = build_model(config["student"], config["seed"], device)
@@ -310,7 +306,7 @@ def run(config, data, args, force=False):
               f"parameters, {config['epochs']} epochs of {len(labels):,} digits "
               f"in batches of {batch_size}")
     progress = common.Progress(config["epochs"], args.quiet)
-    history, training_seconds = [], 0.0
+    history = []
     probe = data["test"][0][:PROBE_SIZE]
     snapshots = {0: evaluate(student, probe, args.amp)[1]}
     # Dropout and the order of the batches depend on the seed alone: twins see the same batches.
@@ -347,7 +343,6 @@ def run(config, data, args, force=False):
 
         mean_loss = float(total_loss) / steps
         seconds = time.perf_counter() - start
-        training_seconds += seconds
         if not mean_loss < float("inf"):
             raise common.UserError(f"the loss is {mean_loss} in epoch {epoch}: nothing is kept; "
                                    "try a lower --lr")
@@ -363,6 +358,7 @@ def run(config, data, args, force=False):
     metrics, outputs = test_all(student, data, args.amp)
     outputs |= {"probe_epochs": list(snapshots),
                 "probe_representations": torch.stack(list(snapshots.values()))}
+    seconds = sum(entry["seconds"] for entry in history)
     record = {
         "config": config,
         "data": {"source": config["data"],
@@ -371,15 +367,13 @@ def run(config, data, args, force=False):
         "parameters": {"student": count_parameters(student)},
         "history": history,
         "metrics": metrics,
-        "timing": {"training": training_seconds,
-                   "examples_per_second": config["epochs"] * steps * batch_size / training_seconds},
+        "timing": {"training": seconds,
+                   "examples_per_second": config["epochs"] * steps * batch_size / seconds},
     }
-    if offline:
-        record["teacher_metrics"] = teacher_record["metrics"]
-        record["parameters"]["teacher"] = count_parameters(teacher)
-        record["timing"]["teacher_logits"] = teacher_seconds
     if online:
-        record["teacher_metrics"], _ = test_all(teacher, data, args.amp)
+        teacher_metrics, _ = test_all(teacher, data, args.amp)
+    if config["kd"]:
+        record["teacher_metrics"] = teacher_metrics
         record["parameters"]["teacher"] = count_parameters(teacher)
     common.save_run(directory, record, outputs, student.state_dict(), force)
     if not args.quiet:
@@ -403,7 +397,6 @@ def parse_arguments(argv):
                         help="training digits, and a sixth of it for each test (default: all)")
     args = parser.parse_args(argv)
     common.check_shared_arguments(parser, args, TEMPERATURE)
-    args.twin_command = common.twin_command(parser, args)
     return args
 
 
@@ -426,32 +419,21 @@ def main(argv=None):
     args = parse_arguments(argv)
     args.device = common.choose_device(args.device)
     args.amp = common.has_bfloat16(args.device) if args.amp is None else args.amp
-    common.make_folder(args.out, "--out")
-    data_dir = args.data_dir or Path("data")
-    if args.data_dir and not data_dir.is_dir():
-        raise common.UserError(f"--data-dir {data_dir}: no such folder")
-    source, digits = load_digits(args.data, args.examples, data_dir)
+    args.out.mkdir(parents=True, exist_ok=True)
+    source, digits = load_digits(args.data, args.examples, args.data_dir)
+    data = make_data(digits, args.examples, args.device)
+    if not args.quiet:
+        sizes = ", ".join(f"{len(labels):,} {name}" for name, (_, labels) in data.items())
+        print(f"device: {args.device}, {'bfloat16' if args.amp else 'float32'}\n"
+              f"data: {source}, {sizes}")
 
     config = plain_config(args.student, args.seed, source, args)
     if args.kd:
         teacher = plain_config(args.teacher, args.teacher_seed, source, args)
         config = common.taught_config(config, teacher, args)
-    directory = run_directory(config, args)
-    record = common.finished_run(directory, config, args.force)
-    if record is None:
-        data = make_data(digits, args.examples, args.device)
-        if not args.quiet:
-            print(f"device: {args.device}, {'bfloat16' if args.amp else 'float32'}\n"
-                  f"data: {source}, "
-                  + ", ".join(f"{len(labels):,} {name}" for name, (_, labels) in data.items()))
-        record = run(config, data, args, args.force)
-    elif not args.quiet:
-        environment = record["environment"]
-        print(f"{directory} is finished already ({environment['finished']}, "
-              f"{environment['hardware']}, {environment['precision']}); --force repeats it")
+    record = run(config, data, args, args.force)
     if not args.quiet:
-        twin = plain_config(args.student, args.seed, source, args)
-        common.print_table(record, twin, run_directory(twin, args), args.twin_command,
+        common.print_table(record, run_directory(config, args),
                            {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL"})
 
 

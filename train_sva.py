@@ -395,10 +395,8 @@ def read_lines(path):
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 yield number, line.rstrip("\n")
-    except UnicodeDecodeError:
-        raise common.UserError(f"{path}, after line {number}: not UTF-8; {HELP}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise common.UserError(f"{path} can't be read ({error}); {HELP}") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise common.UserError(f"{path}, after line {number}: {error}; {HELP}") from None
     if number == 0:
         raise common.UserError(f"{path} is empty; {HELP}")
 
@@ -414,12 +412,6 @@ def read_before_verbs(path, attractors):
         sentences.append(Sentence(f"{words} {tag}", len(words.split()), tag == "VBP", attractors,
                                   -1, ("VBZ", "VBP")))
     return sentences
-
-
-def count_training_sentences(files):
-    """How many sentences read_linzen would train on, in a fraction of its time."""
-    lines = sum(1 for _ in read_lines(files[0]))
-    return lines if files[0].name == "numpred.train" else max(1, (lines - 1) // 10)
 
 
 def read_table(path):
@@ -458,6 +450,43 @@ def read_linzen(files):
     test = [read_before_verbs(path, attractors) for attractors, path in enumerate(tests)]
     return {"train": read_before_verbs(train, -1), "validation": read_before_verbs(validation, -1),
             "test": list(itertools.chain(*test))}
+
+
+def load_sentences(source, data_dir, examples=None):
+    """(source, {file: bytes}, {"train", "validation", "test": [Sentence]}).
+
+    source "linzen": fetched if they aren't in data_dir; "auto": those in data_dir, else synthetic
+    ones, with a warning. Of more than `examples` real training sentences so many are drawn, the
+    same for every run.
+    """
+    files = [] if source == "synthetic" else find_linzen(data_dir)
+    if source == "linzen" and not files:
+        fetch_linzen(data_dir)
+        files = find_linzen(data_dir)
+    if source == "auto" and not files:
+        print(f"\n*** WARNING: neither {TABLE}(.gz) nor numpred.train is in {data_dir}; --data "
+              "linzen fetches them.\n*** Using SYNTHETIC sentences of a grammar: "
+              "no figure of this run is about English.\n", file=sys.stderr)
+    if not files:
+        return "synthetic", {}, synthetic_sentences(examples or SYNTHETIC_EXAMPLES)
+    sentences = read_linzen(files)
+    available = len(sentences["train"])
+    if examples and examples > available:
+        raise common.UserError(f"--examples {examples}: there are {available} in {data_dir}")
+    if examples and examples < available:
+        sentences["train"] = random.Random(0).sample(sentences["train"], examples)
+    return "linzen", {path.name: path.stat().st_size for path in files}, sentences
+
+
+def check_data(data_dir):
+    """For run_all.sh: "linzen" where those can be had, else "synthetic"; damaged files end it."""
+    data_dir = Path(data_dir)
+    try:
+        if not find_linzen(data_dir):
+            fetch_linzen(data_dir)
+    except common.UserError as error:
+        print(error, file=sys.stderr)
+    return load_sentences("auto", data_dir)[0]
 
 
 def counterpart(verb, plural, vocabulary):
@@ -541,31 +570,23 @@ def encode(sentences, vocabulary, objective):
     return Split(tokens, *columns[:, :6].T.contiguous(), columns[:, 6:].contiguous()), left_out
 
 
-def make_data(source, files, examples, objective, device):
-    """({"train", "validation", "test", "probe": Split} on `device`, what is in them).
+def make_data(sentences, objective, device):
+    """({"train", "validation", "test", "probe": Split} on `device`, sizes).
 
-    examples: training sentences. Of more real ones so many are drawn, the same for every run.
+    sentences: {"train", "validation", "test": [Sentence]}. probe: PROBE_SIZE test sentences.
     """
-    if source == "linzen":
-        sentences = read_linzen(files)
-        if examples < len(sentences["train"]):
-            sentences["train"] = random.Random(0).sample(sentences["train"], examples)
-    else:
-        sentences = synthetic_sentences(examples)
     vocabulary = make_vocabulary(sentences["train"])
-    data, left_out = {}, 0
+    data, sizes = {}, {"vocabulary": len(vocabulary), "left_out": 0}
     for name, part in sentences.items():
-        data[name], out = encode(part, vocabulary, objective)
-        left_out += out
+        data[name], left_out = encode(part, vocabulary, objective)
+        sizes["left_out"] += left_out
         if len(data[name].lengths) == 0:
             raise common.UserError(f"no sentence is left for {name}: use more --examples")
     test_size = len(data["test"].lengths)
     chosen = torch.randperm(test_size, generator=torch.Generator().manual_seed(0))[:PROBE_SIZE]
     data["probe"] = data["test"].take(chosen)
-    described = {"source": source, **{name: len(split.lengths) for name, split in data.items()},
-                 "vocabulary": len(vocabulary), "left_out": left_out,
-                 "files": [path.name for path in files]}
-    return {name: split.to(device) for name, split in data.items()}, described
+    sizes |= {name: len(split.lengths) for name, split in data.items()}
+    return {name: split.to(device) for name, split in data.items()}, sizes
 
 
 def batches_by_length(lengths, batch_size, generator):
@@ -685,31 +706,31 @@ def test_all(model, data, objective, amp):
     return {"test": metrics}, outputs
 
 
-def run(config, data, described, args, force=False):
+def run(config, data, sizes, args, force=False):
     """Train, test and save what `config` describes; return its record, as in run.json.
 
     A finished run of this configuration is not repeated, unless `force`. The teacher of offline
-    distillation is such a run too: it is loaded, or trained first. described: as from make_data.
+    distillation is such a run too: it is loaded, or trained first. sizes: as from make_data.
     """
     directory = run_directory(config, args)
-    record = common.finished_run(directory, config, force, "delete it, or choose another --out")
+    record = common.finished_run(directory, config, force)
     if record is not None:
+        if not args.quiet:
+            print(f"{directory} is finished already; --force repeats the student's run")
         return record
     device, online, offline = args.device, config["kd"] == "online", config["kd"] == "offline"
-    objective, vocabulary = config["objective"], described["vocabulary"]
+    objective, vocabulary = config["objective"], sizes["vocabulary"]
 
     if offline:
         teacher_config = plain_config(args.teacher, args.teacher_seed, config["data"], args)
-        teacher_record = run(teacher_config, data, described, args)
+        teacher_metrics = run(teacher_config, data, sizes, args)["metrics"]
         teacher = build_model(config["teacher"], 0, vocabulary, objective, device)
         common.load_weights(teacher, run_directory(teacher_config, args))
         teacher.eval().requires_grad_(False)
-        start = time.perf_counter()
         if objective == "classification":
             # Neither the teacher nor the sentences change: it is asked once for each sentence.
             # A language model's logits, one for every word, would not fit: it is asked each time.
             teacher_logits = evaluate(teacher, data["train"], objective, args.amp)[0].to(device)
-        teacher_seconds = time.perf_counter() - start
 
     # The student and, online, the teacher that learns beside it: a parameter group for each.
     student = build_model(config["student"], config["seed"], vocabulary, objective, device)
@@ -733,7 +754,7 @@ def run(config, data, described, args, force=False):
               f"parameters, {config['epochs']} epochs of {len(lengths):,} sentences "
               f"in batches of {config['batch_size']}")
     progress = common.Progress(config["epochs"], args.quiet)
-    history, training_seconds = [], 0.0
+    history = []
     snapshots = {0: evaluate(student, data["probe"], objective, args.amp)[1]}
     # Dropout and the order of the batches depend on the seed alone: twins see the same batches.
     torch.manual_seed(config["seed"])
@@ -773,7 +794,6 @@ def run(config, data, described, args, force=False):
 
         mean_loss = float(total_loss) / steps
         seconds = time.perf_counter() - start
-        training_seconds += seconds
         if not mean_loss < float("inf"):
             raise common.UserError(f"the loss is {mean_loss} in epoch {epoch}: nothing is kept; "
                                    "try a lower --lr")
@@ -788,25 +808,21 @@ def run(config, data, described, args, force=False):
     metrics, outputs = test_all(student, data, objective, args.amp)
     outputs |= {"probe_epochs": list(snapshots),
                 "probe_representations": torch.stack(list(snapshots.values()))}
+    seconds = sum(entry["seconds"] for entry in history)
     record = {
         "config": config,
-        "data": described,
+        "data": {"source": config["data"], "files": list(args.bytes), **sizes},
         "environment": common.describe_environment(device, precision(config, args)),
         "parameters": {"student": count_parameters(student)},
         "history": history,
         "metrics": metrics,
-        "timing": {
-            "training": training_seconds,
-            "examples_per_second": config["epochs"] * len(lengths) / training_seconds,
-            "tokens_per_second": config["epochs"] * int(lengths.sum()) / training_seconds,
-        },
+        "timing": {"training": seconds,
+                   "tokens_per_second": config["epochs"] * int(lengths.sum()) / seconds},
     }
-    if offline:
-        record["teacher_metrics"] = teacher_record["metrics"]
-        record["parameters"]["teacher"] = count_parameters(teacher)
-        record["timing"]["teacher_logits"] = teacher_seconds
     if online:
-        record["teacher_metrics"], _ = test_all(teacher, data, objective, args.amp)
+        teacher_metrics, _ = test_all(teacher, data, objective, args.amp)
+    if config["kd"]:
+        record["teacher_metrics"] = teacher_metrics
         record["parameters"]["teacher"] = count_parameters(teacher)
     common.save_run(directory, record, outputs, student.state_dict(), force)
     if not args.quiet:
@@ -837,37 +853,7 @@ def parse_arguments(argv):
     if args.objective == "lm" and "transformer" in (args.student, args.teacher):
         parser.error("transformer sees the words it would have to predict: "
                      "--objective lm needs transformer-seq, ut-seq or lstm")
-    args.twin_command = common.twin_command(parser, args)
     return args
-
-
-def find_data(source, data_dir):
-    """(source, [files]): what --data asks for; real sentences asked for are fetched if need be."""
-    if source == "synthetic":
-        return "synthetic", []
-    if source == "linzen" and not find_linzen(data_dir):
-        fetch_linzen(data_dir)
-    if files := find_linzen(data_dir):
-        return "linzen", files
-    print(f"\n*** WARNING: neither {TABLE}(.gz) nor numpred.train is in {data_dir}; --data linzen "
-          "fetches them.\n*** Using SYNTHETIC sentences of a grammar: "
-          "no figure of this run is about English.\n", file=sys.stderr)
-    return "synthetic", []
-
-
-def check_data(data_dir):
-    """For run_all.sh: "linzen" where the sentences can be had, else "synthetic"; damaged files end it.
-    """
-    folder = Path(data_dir)
-    if not find_linzen(folder):
-        try:
-            fetch_linzen(folder)
-        except common.UserError as error:
-            print(error, file=sys.stderr)
-    source, files = find_data("auto", folder)
-    if files:
-        read_linzen(files)
-    return source
 
 
 def plain_config(model, seed, source, args):
@@ -904,39 +890,21 @@ def main(argv=None):
     args = parse_arguments(argv)
     args.device = common.choose_device(args.device)
     args.amp = common.has_bfloat16(args.device) if args.amp is None else args.amp
-    common.make_folder(args.out, "--out")
-    data_dir = args.data_dir or Path("data")
-    if args.data_dir and not data_dir.is_dir():
-        raise common.UserError(f"--data-dir {data_dir}: no such folder")
-    source, files = find_data(args.data, data_dir)
-    args.bytes = {path.name: path.stat().st_size for path in files}
-    available = count_training_sentences(files) if files else SYNTHETIC_EXAMPLES
-    if args.examples is None:
-        args.examples = available
-    elif files and args.examples > available:
-        raise common.UserError(f"--examples {args.examples}: there are {available} in {data_dir}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    source, args.bytes, sentences = load_sentences(args.data, args.data_dir, args.examples)
+    args.examples = len(sentences["train"])
+    data, sizes = make_data(sentences, args.objective, args.device)
+    if not args.quiet:
+        print(f"device: {args.device}, {'bfloat16' if args.amp else 'float32'}\ndata: {source}, "
+              + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))
 
     config = plain_config(args.student, args.seed, source, args)
     if args.kd:
         teacher = plain_config(args.teacher, args.teacher_seed, source, args)
         config = common.taught_config(config, teacher, args)
-    directory = run_directory(config, args)
-    record = common.finished_run(directory, config, args.force)
-    if record is None:
-        data, described = make_data(source, files, args.examples, args.objective, args.device)
-        if not args.quiet:
-            sizes = ", ".join(f"{value:,} {name}" for name, value in described.items()
-                              if isinstance(value, int))
-            print(f"device: {args.device}, {'bfloat16' if args.amp else 'float32'}\n"
-                  f"data: {source}, {sizes}")
-        record = run(config, data, described, args, args.force)
-    elif not args.quiet:
-        environment = record["environment"]
-        print(f"{directory} is finished already ({environment['finished']}, "
-              f"{environment['hardware']}, {environment['precision']}); --force repeats it")
+    record = run(config, data, sizes, args, args.force)
     if not args.quiet:
-        twin = plain_config(args.student, args.seed, source, args)
-        common.print_table(record, twin, run_directory(twin, args), args.twin_command, {
+        common.print_table(record, run_directory(config, args), {
             "accuracy": "accuracy", "a_accuracy": "A-accuracy", "d_accuracy": "D-accuracy",
             "ece": "ECE", "nll": "NLL", "perplexity": "perplexity"})
 
