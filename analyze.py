@@ -52,8 +52,8 @@ PAPER_MNIST = {
 # ---- Statistics ----------------------------------------------------------------------------------
 
 
-def t_probability(degrees, largest):
-    """(t, P(|T| < t)) for t from 0 to `largest`, T having Student's t distribution."""
+def t_distribution(degrees, largest):
+    """(t, P(|T| < t)) for t in 0..largest, T having Student's t distribution; by integration."""
     t = torch.linspace(0, largest, 100_001, dtype=torch.double)
     density = torch.distributions.StudentT(torch.tensor(degrees, dtype=torch.double)).log_prob(t)
     return t[1:], 2 * torch.cumulative_trapezoid(density.exp(), t)
@@ -71,11 +71,11 @@ def t_test(values, margin=0.0):
     if len(values) < 3:
         return mean, math.nan, math.nan, "untested", math.nan
     error = max(statistics.stdev(values) / math.sqrt(len(values)), 1e-12)
-    t, probability = t_probability(len(values) - 1, 20)
+    t, probability = t_distribution(len(values) - 1, 20)
     half = error * t[torch.searchsorted(probability, 0.95)].item()
     low, high = mean - half, mean + half
     distance = min(abs(abs(mean) - margin) / error, 1000)
-    p = 1 - t_probability(len(values) - 1, distance)[1][-1].item()
+    p = 1 - t_distribution(len(values) - 1, distance)[1][-1].item()
     verdict = "inconclusive"
     if low > margin or high < -margin:
         verdict = "supported" if low > margin and not margin else "contradicted"
@@ -90,10 +90,10 @@ def holm(p_values, level=0.05):
     Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
     survives = [False] * len(p_values)
-    for rank, (p, place) in enumerate(sorted(zip(p_values, range(len(p_values))))):
+    for rank, (p, index) in enumerate(sorted(zip(p_values, range(len(p_values))))):
         if p > level / (len(p_values) - rank):
             break
-        survives[place] = True
+        survives[index] = True
     return survives
 
 
@@ -105,8 +105,8 @@ def jackknife(pairs):
     (Efron & Stein 1981, "The jackknife estimate of variance", for U-statistics of degree 2).
     """
     n = len(pairs)
-    own_mean = (pairs.sum(dim=1) - pairs.diagonal()) / (n - 1)
-    return own_mean.mean() + 2 * (n - 1) / (n - 2) * (own_mean - own_mean.mean())
+    of_seed = (pairs.sum(dim=1) - pairs.diagonal()) / (n - 1)
+    return of_seed.mean() + 2 * (n - 1) / (n - 2) * (of_seed - of_seed.mean())
 
 
 def classical_mds(distances):
@@ -287,8 +287,8 @@ def references(group, run):
         return [other for key, other in group.runs.items()
                 if key[0] == kind and key not in (teacher, (student, run.seed))]
 
-    own = group.runs.get(teacher) if run.config["kd"] == "offline" else None
-    return {"own teacher": [own] if own else [],
+    offline = run.config["kd"] == "offline" and teacher in group.runs
+    return {"own teacher": [group.runs[teacher]] if offline else [],
             "other strong": others(STRONGER.get(student, student)),
             "other plain": others(student)}
 
@@ -466,11 +466,11 @@ def claims_about(group, weak, barriers):
         if plain and taught:
             add("teaching improves calibration (ECE)", seed, gain("ece", plain, taught))
             models = references(group, taught)
-            for measure, what in (("kappa", "errors"), ("CKA", "representations"),
-                                  ("RSA", "representations"), ("path distance", "training path")):
-                add(f"{what} nearer to other strong models ({measure})", seed,
+            for aspect, measure in (("errors", "kappa"), ("representations", "CKA"),
+                                    ("representations", "RSA"), ("training path", "path distance")):
+                add(f"{aspect} nearer to other strong models ({measure})", seed,
                     nearer(measure, taught, plain, models["other strong"]))
-                add(f"{what} nearer to its teacher ({measure})", seed,
+                add(f"{aspect} nearer to its teacher ({measure})", seed,
                     nearer(measure, taught, plain, models["own teacher"]))
         if plain and self_taught:
             others = references(group, self_taught)["other plain"]
@@ -482,14 +482,14 @@ def claims_about(group, weak, barriers):
 
     seeds = [seed for name, seed in group.runs if name == weak and (strong, seed) in group.runs]
     if len(seeds) > 2:
-        for measure, what in (("divergence", "predictions"), ("CKA", "representations")):
+        for aspect, measure in (("predictions", "divergence"), ("representations", "CKA")):
             spread = torch.zeros(len(seeds), len(seeds), dtype=torch.double)
             for (i, a), (j, b) in itertools.permutations(enumerate(seeds), 2):
                 likeness = [compare(group, measure, group.runs[kind, a], [group.runs[kind, b]])
                             for kind in (strong, weak)]
                 spread[i, j] = COMPARISONS[measure][1] * (likeness[0] - likeness[1])
             for seed, value in zip(seeds, jackknife(spread).tolist()):
-                add(f"a stronger bias, less variance of {what}", seed, value)
+                add(f"a stronger bias, less variance of {aspect}", seed, value)
     return claims
 
 
@@ -534,8 +534,8 @@ def mean_and_spread(values):
 
 def print_table(caption, header, rows):
     """A Markdown table that reads well in a terminal too; columns without a value are left out."""
-    used = [place for place in range(len(header)) if any(row[place] != "-" for row in rows)]
-    lines = [[line[place] for place in used] for line in [header, *rows]]
+    used = [column for column in range(len(header)) if any(row[column] != "-" for row in rows)]
+    lines = [[line[column] for column in used] for line in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     print(f"{caption}\n")
@@ -581,8 +581,8 @@ def print_tables(group, barriers):
         add("c", "Calibration and fit**: NLL of the answer in nats, perplexity per word.", kinds,
             lambda run: {title: metrics(run).get(title.lower())
                          for title in ("ECE", "NLL", "perplexity")})
-    for place, (name, (_, _, caption)) in enumerate(COMPARISONS.items(), 1):
-        add(f"d{place}", f"Likeness to plain models: {name}**, {caption}.", kinds,
+    for number, (name, (_, _, caption)) in enumerate(COMPARISONS.items(), 1):
+        add(f"d{number}", f"Likeness to plain models: {name}**, {caption}.", kinds,
             lambda run: {which: compare(group, name, run, others)
                          for which, others in references(group, run).items()})
     add("e", "Training paths** in the space of 1 - RSA: length, and straightness (end to end over "
@@ -666,18 +666,18 @@ def roles(weak, kinds):
     return {role: kinds[name] for role, name in names.items() if name in kinds}
 
 
-def draw(plt, panels, xlabel, ylabel, **axes):
+def draw(plt, panels, xlabel, ylabel, **limits):
     """A figure of panels side by side: {title: [(role, x, y, standard deviation or None)]}."""
-    figure, (places,) = plt.subplots(1, len(panels), squeeze=False,
-                                     figsize=(max(3.6, 2.5 * len(panels) + 0.6), 2.9))
-    for place, (title, curves) in zip(places, panels.items()):
-        place.set(title=title, xlabel=xlabel, **axes)
+    size = (max(3.6, 2.5 * len(panels) + 0.6), 2.9)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    for axis, (title, curves) in zip(axes[0], panels.items()):
+        axis.set(title=title, xlabel=xlabel, **limits)
         for role, x, y, spread in curves:
-            place.errorbar(x, y, spread, **STYLES[role], label=LABELS[role], capsize=2)
-    places[0].set_ylabel(ylabel)
-    handles, labels = places[0].get_legend_handles_labels()
-    first = {label: handle for label, handle in zip(labels, handles)}
-    figure.legend(first.values(), first, loc="outside upper center", ncols=2, fontsize=7)
+            axis.errorbar(x, y, spread, **STYLES[role], label=LABELS[role], capsize=2)
+    axes[0][0].set_ylabel(ylabel)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    one_each = dict(zip(labels, handles))
+    figure.legend(one_each.values(), one_each, loc="outside upper center", ncols=2, fontsize=7)
     return figure
 
 

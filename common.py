@@ -264,7 +264,8 @@ def print_table(record, directory, titles):
         plain = {key: value for key, value in config.items()
                  if key not in DISTILLATION and not key.startswith("teacher_")} | {"kd": None}
         twin = load_run(directory.parents[1] / config["student"] / directory.name)
-        twin = twin if twin and twin["config"] == plain else None
+        if twin and twin["config"] != plain:
+            twin = None
         rows = {f"teacher {config['teacher']}": record["teacher_metrics"]} | rows
     if twin:
         rows[f"untaught {config['student']}"] = twin["metrics"]

@@ -13,22 +13,22 @@ set -u
 cd "$(dirname "$0")" || exit 2
 fail() { echo "run_all.sh: error: $1" >&2; exit 2; }
 
-quick='' list='' stages='teachers students'
-while [ $# -gt 0 ]; do
-  case $1 in
-    --quick) quick=yes ;;
-    --list) list=yes; case ${2:-} in teachers | students) stages=$2; shift ;; esac ;;
-    *) fail "unknown argument $1; known are --quick and --list [teachers | students]" ;;
+quick='' list='' stages='teachers students' seeds=4 out=runs
+for argument; do
+  case $argument in
+    --quick) quick=yes seeds=3 out=runs-quick ;;
+    --list) list=yes ;;
+    teachers | students) stages=$argument ;;
+    *) fail "unknown argument $argument; known are --quick and --list [teachers | students]" ;;
   esac
-  shift
 done
-SEEDS=${SEEDS:-$([ $quick ] && echo 3 || echo 4)} JOBS=${JOBS:-2}
-OUT=${OUT:-runs${quick:+-quick}} DATA=${DATA:-data} PYTHON=${PYTHON:-python}
+SEEDS=${SEEDS:-$seeds} JOBS=${JOBS:-2} OUT=${OUT:-$out} DATA=${DATA:-data} PYTHON=${PYTHON:-python}
 for number in "$SEEDS" "$JOBS"; do
   [[ $number =~ ^[1-9][0-9]{0,3}$ ]] || fail "SEEDS and JOBS must be in 1..9999, not $number"
 done
-cores=$("$PYTHON" -c 'import os, torch; print(os.cpu_count())' 2>/dev/null) ||
+"$PYTHON" -c 'import torch' 2>/dev/null ||
   fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
+cores=$(getconf _NPROCESSORS_ONLN)
 threads=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}
 
 # Real data are fetched here and once; damaged files end it all.
@@ -43,10 +43,8 @@ fi
 
 # runs FLAGS "MODEL ..." "TEACHER/STUDENT ..." -> the commands of $stage, one a line
 runs() {
-  local prefix suffix name seed
-  prefix="OMP_NUM_THREADS=$threads $(printf %q "$PYTHON") $1"
-  suffix="--out $(printf %q "$OUT")${FLAGS:+ $FLAGS}"
-  [[ $1 = *synthetic* ]] || suffix="--data-dir $(printf %q "$DATA") $suffix"
+  local prefix="OMP_NUM_THREADS=$threads $(printf %q "$PYTHON") $1" name seed
+  local suffix="--data-dir $(printf %q "$DATA") --out $(printf %q "$OUT")${FLAGS:+ $FLAGS}"
   for seed in $(seq 0 "$SEEDS"); do
     if [ "$stage" = teachers ]; then
       for name in $2; do echo "$prefix --student $name --seed $seed $suffix"; done
@@ -58,7 +56,7 @@ runs() {
   done
 }
 commands() {
-  local stage=$1 seq=transformer-seq four='lstm transformer transformer-seq ut-seq' teacher
+  local stage=$1 seq=transformer-seq
   local classify="train_sva.py --data $sva$sentences" lm
   lm="$classify --objective lm"
   runs "train_mnist.py --data $mnist$digits" 'mlp cnn' "$(echo {mlp,cnn}/{mlp,cnn})"
@@ -66,18 +64,15 @@ commands() {
     runs "$classify" "lstm $seq" "$(echo {lstm,$seq}/{lstm,$seq})"
     runs "$lm --epochs 3" "lstm $seq" "lstm/$seq $seq/$seq"
   else
-    runs "$classify" "$four" \
-         "$(for teacher in $four; do echo $teacher/{lstm,transformer,$seq,ut-seq}; done)"
+    runs "$classify" "lstm transformer $seq ut-seq" \
+         "$(echo {lstm,transformer,$seq,ut-seq}/{lstm,transformer,$seq,ut-seq})"
     runs "$lm" "lstm $seq ut-seq lstm-small $seq-small" \
          "$(echo {lstm,$seq}/{lstm,$seq} {lstm,ut-seq}/ut-seq lstm-small/$seq \
                  {lstm,$seq}-small/{lstm,$seq}-small)"
   fi
 }
 if [ $list ]; then
-  for stage in $stages; do
-    [ "$stages" = "$stage" ] || echo "# $stage"
-    commands "$stage"
-  done
+  for stage in $stages; do commands "$stage"; done
   exit
 fi
 
@@ -85,8 +80,7 @@ mkdir -p "$OUT" || fail "can't make $OUT; choose another folder with OUT"
 trap 'exit 130' INT TERM
 total=$({ commands teachers; commands students; } | wc -l | tr -d ' ') begin=$(date +%s)
 run_one() {  # PLACE COMMAND
-  local start now result=ok
-  start=$(date +%s)
+  local start=$(date +%s) result=ok now
   eval "$2 --quiet" || result=FAILED
   now=$(date +%s)
   echo "$1/$total $result in $((now - start)) s, about" \

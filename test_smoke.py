@@ -448,12 +448,6 @@ def test_finished_run_is_not_repeated_and_repeats_exactly(grid, capsys):
     assert common.load_run(directory)["metrics"] == json.loads(before)["metrics"]
 
 
-def test_one_step_is_enough_for_the_schedule(tmp_path):
-    mnist(*QUICK, "--examples", 60, "--epochs", 1, "--quiet", "--out", tmp_path)
-    record = common.load_run(tmp_path / "mnist-synthetic" / "mlp" / "seed0")
-    assert record["history"][0]["loss"] > 0
-
-
 def test_runs_in_the_way_and_broken_teachers(grid, tmp_path, capfd):
     root = tmp_path / "mnist-synthetic"
     shutil.copytree(grid[0], root)
@@ -848,8 +842,8 @@ def test_t_test():
     mean, low, high, *_ = analyze.t_test([1.0, 2.0, 3.0, 4.0])  # standard error sqrt(5/3) / 2
     expected = 2.5, 2.5 - 3.1824 * 0.645497, 2.5 + 3.1824 * 0.645497  # tabulated: t(3) = 3.182
     assert (mean, low, high) == pytest.approx(expected, abs=1e-3)
-    assert analyze.t_probability(1, 12.706)[1][-1].item() == pytest.approx(0.95, abs=1e-5)
-    assert analyze.t_probability(9, 4.781)[1][-1].item() == pytest.approx(0.999, abs=1e-5)
+    assert analyze.t_distribution(1, 12.706)[1][-1].item() == pytest.approx(0.95, abs=1e-5)
+    assert analyze.t_distribution(9, 4.781)[1][-1].item() == pytest.approx(0.999, abs=1e-5)
     for values, margin, expected in (
             ([0.1, 0.2, 0.3], 0, "inconclusive"), ([0.1, 0.2], 0, "untested"),
             ([0.2, 0.21, 0.22], 0, "supported"), ([-0.2, -0.21, -0.22], 0, "contradicted"),
@@ -1016,7 +1010,7 @@ def run_all(out, *arguments, quick=True, **variables):
     environment = os.environ | {
         "PYTHON": sys.executable, "OUT": str(out), "SEEDS": "1", "OMP_NUM_THREADS": "1",
         "FLAGS": "--examples 60 --epochs 1 --batch-size 30 --device cpu"} | variables
-    command = [HERE / "run_all.sh", *["--quick"] * quick, *arguments]
+    command = [HERE / "run_all.sh", *arguments, *(["--quick"] if quick else [])]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -1058,17 +1052,19 @@ def test_grid_runs_every_command_once_and_reports_failures(tmp_path):
     """With a stand-in for python: it notes its arguments, and fails where a CNN teaches."""
     python, log = tmp_path / "my python", tmp_path / "log"
     python.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $*" >> "$LOG"\ncase "$*" in\n'
-                      '*cpu_count*) echo 8 ;;\n*analyze*) echo tables ;;\n'
+                      '*analyze.py*) echo tables ;;\n'
                       '*"--teacher cnn"*) exit 2 ;;\nesac\n')
     python.chmod(0o755)
-    variables = {"PYTHON": str(python), "LOG": str(log), "OMP_NUM_THREADS": "", "SEEDS": "2"}
+    variables = {"PYTHON": str(python), "LOG": str(log), "OMP_NUM_THREADS": "", "SEEDS": "2",
+                 "JOBS": "1"}
     stdout, stderr = run_all(tmp_path / "a b", **variables).communicate()
     assert stdout.count(" ok in ") == 34 and stdout.count(" FAILED in ") == 4
     assert "38/38" in stdout and "min left" in stdout and "tables" in stdout
     assert "some runs FAILED" in stderr
     assert (tmp_path / "a b" / "analysis.md").read_text() == "tables\n"
     lines = [line for line in log.read_text().splitlines() if "--student" in line]
-    assert len(lines) == len(set(lines)) == 38 and all(line.startswith("4 ") for line in lines)
+    assert len(lines) == len(set(lines)) == 38
+    assert all(line.startswith(f"{os.cpu_count()} train_") for line in lines)  # cores / JOBS
     taught = [place for place, line in enumerate(lines) if "--kd" in line]
     assert min(taught) == 18 and all(line.endswith("--quiet") for line in lines)
 
