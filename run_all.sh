@@ -26,7 +26,7 @@ SEEDS=${SEEDS:-$seeds} JOBS=${JOBS:-2} OUT=${OUT:-$out} DATA=${DATA:-data} PYTHO
 for number in "$SEEDS" "$JOBS"; do
   [[ $number =~ ^[1-9][0-9]{0,3}$ ]] || fail "SEEDS and JOBS must be in 1..9999, not $number"
 done
-"$PYTHON" -c 'import torch' 2>/dev/null ||
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' 2>/dev/null ||
   fail "$PYTHON lacks torch; activate the virtual environment or set PYTHON"
 cores=$(getconf _NPROCESSORS_ONLN)
 threads=${OMP_NUM_THREADS:-$((cores > JOBS ? cores / JOBS : 1))}

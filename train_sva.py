@@ -14,7 +14,6 @@ Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 import gzip
 import itertools
 import random
-import shutil
 import socket
 import statistics
 import sys
@@ -384,8 +383,7 @@ def unpack_numpred(archive):
         for member in members:
             name = Path(member.name).name
             if member.isfile() and name.startswith("numpred."):
-                with open(archive.with_name(name), "wb") as file:
-                    shutil.copyfileobj(members.extractfile(member), file)
+                archive.with_name(name).write_bytes(members.extractfile(member).read())
 
 
 def read_lines(path):
