@@ -135,7 +135,7 @@ def linear_cka(representations_a, representations_b):
     return ((b.T @ a).square().sum() / norms).item()
 
 
-# ---- Run files: <out>/<task>-<data>/<run name>/seed<k>/ with run.json, outputs.npz and model.pt 
+# ---- Run files: <out>/<task>-<data>/<run name>/seed<k>/ with run.json, outputs.npz and model.pt
 
 
 DISTILLATION = ("kd", "teacher", "teacher_seed", "temperature", "alpha")  # flags, and in `config`
@@ -261,11 +261,9 @@ def print_table(record, directory, titles):
     config = record["config"]
     rows, twin = {f"student {config['student']}": record["metrics"]}, None
     if config["kd"]:
-        plain = {key: value for key, value in config.items()
-                 if key not in DISTILLATION and not key.startswith("teacher_")} | {"kd": None}
         twin = load_run(directory.parents[1] / config["student"] / directory.name)
-        if twin and twin["config"] != plain:
-            twin = None
+        if twin and not twin["config"].items() <= (config | {"kd": None}).items():
+            twin = None  # trained in another way
         rows = {f"teacher {config['teacher']}": record["teacher_metrics"]} | rows
     if twin:
         rows[f"untaught {config['student']}"] = twin["metrics"]
@@ -278,7 +276,7 @@ def print_table(record, directory, titles):
             cells = ("-" if value is None else f"{value:.4f}" for value in values)
             print(f"{label:<32}" + "".join(f"{cell:<12}" for cell in cells))
     if config["kd"] and not twin:
-        command = re.sub(r" --(kd([ =](offline|online))?|force"
+        command = re.sub(r" --(kd([ =](offline|online))?|force|every-word"
                          r"|(teacher|teacher-seed|temperature|alpha)[ =]\S+)(?= |$)", "",
                          command_line())
         print(f"\nto see what teaching changed, train the untaught twin: python {command}")

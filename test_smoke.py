@@ -229,6 +229,7 @@ def test_progress_says_where_it_is_and_how_long(capsys, monkeypatch):
     (mnist, ["--device", "cuda:99"], "--device cuda:99"),
     (mnist, ["--out", "/proc/runs"], "/proc/runs"),
     (sva, ["--objective", "lm", "--student", "transformer"], "needs transformer-seq"),
+    (sva, ["--every-word", "--objective", "lm"], "--every-word is for classifiers"),
     (analyze_here, ["nowhere"], "no such folder"),
 ])
 def test_bad_input_is_one_line(tmp_path, capfd, script, arguments, expected):
@@ -255,7 +256,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("script, student, teacher, flags", [
     (train_mnist, "mlp", "cnn", []), (train_sva, "transformer-seq", "lstm", []),
-    (train_sva, "transformer", "ut-seq", []),
+    (train_sva, "transformer", "ut-seq", []), (train_sva, "ut-seq", "lstm", ["--every-word"]),
     (train_sva, "transformer-seq", "lstm", ["--objective", "lm"])])
 def test_no_step_waits_for_a_gpu_and_nothing_is_float64(tmp_path, monkeypatch, script, student,
                                                         teacher, flags):
@@ -607,6 +608,21 @@ def test_padding_has_no_influence_and_only_the_class_token_sees_both_sides(name)
         assert torch.allclose(before[:, :4], after[:, :4], atol=1e-5)
         assert (before[:, 4] - after[:, 4]).abs().max() > 1e-4
     assert name != "ut-seq" or len(model.blocks) == 1 < model.layers  # one layer shared
+
+
+@torch.no_grad()
+def test_every_word_asks_a_classifier_after_each_word():
+    model = train_sva.build_model("lstm-small", 0, 20, "classification", CPU).eval()
+    sentences = [train_sva.Sentence(text, verb, verb == 3, 0, 1, ("b", "c"))
+                 for text, verb in (("a b c d", 3), ("a c d", 2))]
+    split, _ = train_sva.encode(sentences, {"a": 4, "b": 5, "c": 6, "d": 7}, "classification")
+    tokens, lengths, where, labels = train_sva.questions(split, 3, 5, "classification", True)
+    answers = train_sva.answer(model, tokens, lengths, where)
+    prefixes = [[4], [4, 5], [4, 5, 6], [4], [4, 6]]
+    alone = [model.head(model.represent(torch.tensor([prefix]), torch.tensor([len(prefix)])))
+             for prefix in prefixes]
+    assert torch.allclose(answers, torch.cat(alone), atol=1e-6)
+    assert labels.tolist() == [1, 1, 1, 0, 0]
 
 
 @torch.no_grad()

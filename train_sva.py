@@ -606,21 +606,26 @@ def batches_by_length(lengths, batch_size, generator):
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def questions(batch, longest, words, objective):
+def questions(batch, longest, words, objective, every_word=False):
     """What a batch asks: (tokens to read, their lengths, where to answer, right answers).
 
-    A classifier answers once per sentence (where: None). A language model answers at each of the
-    batch's words but the first: `where` (words,) counts in the flattened tokens to read. longest,
-    words: the longest length and the number of answers; asking the tensors would make a GPU wait.
+    A classifier answers once per sentence (where: None), or with every_word after each word that
+    it reads. A language model answers at each of the batch's words but the first. `where` (words,)
+    counts in the flattened tokens to read. longest, words: the longest length and the number of
+    answers; asking the tensors would make a GPU wait.
     """
-    tokens = batch.padded(longest)
-    if objective == "classification":
-        return tokens, batch.lengths, None, batch.labels
-    lengths = batch.lengths - 1
+    tokens, lengths = batch.padded(longest), batch.lengths
+    if objective == "classification" and not every_word:
+        return tokens, lengths, None, batch.labels
+    next_words = tokens[:, 1:].flatten()
+    if objective == "lm":
+        tokens, lengths = tokens[:, :-1], lengths - 1
     row = torch.repeat_interleave(lengths, output_size=words)  # the sentence of each answer
     column = torch.arange(words, device=row.device) - (lengths.cumsum(0) - lengths)[row]
-    where = row * (longest - 1) + column
-    return tokens[:, :-1], lengths, where, tokens[:, 1:].flatten().index_select(0, where)
+    where = row * tokens.shape[1] + column
+    if objective == "lm":
+        return tokens, lengths, where, next_words.index_select(0, where)
+    return tokens, lengths, where, batch.labels.index_select(0, row)
 
 
 def answer(model, tokens, lengths, where):
@@ -718,6 +723,7 @@ def run(config, data, sizes, args, force=False):
         return record
     device, online, offline = args.device, config["kd"] == "online", config["kd"] == "offline"
     objective, vocabulary = config["objective"], sizes["vocabulary"]
+    every_word = objective == "lm" or config.get("every_word", False)
 
     if offline:
         teacher_config = plain_config(args.teacher, args.teacher_seed, config["data"], args)
@@ -725,9 +731,9 @@ def run(config, data, sizes, args, force=False):
         teacher = build_model(config["teacher"], 0, vocabulary, objective, device)
         common.load_weights(teacher, run_directory(teacher_config, args))
         teacher.eval().requires_grad_(False)
-        if objective == "classification":
+        if not every_word:
             # Neither the teacher nor the sentences change: it is asked once for each sentence.
-            # A language model's logits, one for every word, would not fit: it is asked each time.
+            # A language model's logits for every word would not fit: it is asked each time.
             teacher_logits = evaluate(teacher, data["train"], objective, args.amp)[0].to(device)
 
     # The student and, online, the teacher that learns beside it: a parameter group for each.
@@ -763,15 +769,15 @@ def run(config, data, sizes, args, force=False):
         student.train()
         batches = batches_by_length(lengths, config["batch_size"], order)
         longest = lengths[batches].amax(dim=1).tolist()
-        words = (lengths[batches] - 1).sum(dim=1).tolist()
+        words = (lengths[batches] - int(objective == "lm")).sum(dim=1).tolist()
         for step, batch in enumerate(batches.to(device), 1):
             tokens, read, where, labels = questions(
-                split.take(batch), longest[step - 1], words[step - 1], objective)
+                split.take(batch), longest[step - 1], words[step - 1], objective, every_word)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 logits = answer(student, tokens, read, where)
-                if online or (offline and objective == "lm"):
+                if online or (offline and every_word):
                     soft = answer(teacher, tokens, read, where)
-            if offline and objective == "classification":
+            if offline and not every_word:
                 soft = teacher_logits.index_select(0, batch)
 
             if config["kd"] is None:
@@ -846,11 +852,18 @@ def parse_arguments(argv):
     parser.add_argument("--examples", type=common.number(int, 50, 1_000_000),
                         help="training sentences (default: all real ones, 10,000 synthetic ones); "
                              "above 20,000 the default epochs are 240,000 / examples, at least 2")
+    parser.add_argument("--every-word", action="store_true",
+                        help="classifiers: an answer after every word, not only after the last")
     args = parser.parse_args(argv)
     common.check_shared_arguments(parser, args, TEMPERATURE[args.objective])
     if args.objective == "lm" and "transformer" in (args.student, args.teacher):
         parser.error("transformer sees the words it would have to predict: "
                      "--objective lm needs transformer-seq, ut-seq or lstm")
+    if args.every_word and "transformer" in (args.student, args.teacher):
+        parser.error("transformer reads both ways: --every-word needs transformer-seq, ut-seq or "
+                     "lstm")
+    if args.every_word and args.objective == "lm":
+        parser.error("--every-word is for classifiers: language models always do so")
     return args
 
 
@@ -900,6 +913,8 @@ def main(argv=None):
     if args.kd:
         teacher = plain_config(args.teacher, args.teacher_seed, source, args)
         config = common.taught_config(config, teacher, args)
+    if args.every_word:  # of the student alone: its teacher is the plain run
+        config["every_word"] = True
     record = run(config, data, sizes, args, args.force)
     if not args.quiet:
         common.print_table(record, run_directory(config, args), {
