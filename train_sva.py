@@ -2,6 +2,7 @@
 
     python train_sva.py --student transformer-seq                                # no distillation
     python train_sva.py --teacher lstm --student transformer-seq --kd            # distillation
+    python train_sva.py --teacher lstm --student transformer-seq --kd --every-word
     python train_sva.py --teacher lstm --student transformer-seq --kd --objective lm
 
 "The keys near the cabinet ..." is or are? The number of the subject decides, not that of the nouns
@@ -637,12 +638,12 @@ def answer(model, tokens, lengths, where):
 
 
 @torch.no_grad()
-def evaluate(model, split, objective, amp):
+def evaluate(model, split, objective, amp, keep_states=False):
     """What `model` says of every sentence in eval mode, in the split's order, float32 on the CPU.
 
     Returns logits (sentences, 2) of singular and plural (for a language model log-probabilities
-    of the verb's two forms), the states they were read from (sentences, width) and the perplexity
-    per word (None for a classifier).
+    of the verb's two forms), the states they were read from (sentences, width; None unless kept:
+    those of the official test take a gigabyte) and the perplexity per word (None for a classifier).
     """
     model.eval()
     device = split.tokens.device
@@ -664,13 +665,15 @@ def evaluate(model, split, objective, amp):
             else:
                 state = model.represent(tokens, lengths)
                 logits.append(model.head(state).float())
-        states.append(state.float())
+        if keep_states:
+            states.append(state.float())
     back = order.argsort()
+    states = torch.cat(states).cpu()[back] if keep_states else None
     perplexity = None
     if objective == "lm":
         mean_loss = torch.tensor(sum(torch.stack(losses).tolist()) / words)
         perplexity = mean_loss.exp().item()  # infinite, not an error, where training diverged
-    return torch.cat(logits).cpu()[back], torch.cat(states).cpu()[back], perplexity
+    return torch.cat(logits).cpu()[back], states, perplexity
 
 
 def agreement_metrics(logits, labels, attractors, distance):
@@ -759,7 +762,7 @@ def run(config, data, sizes, args, force=False):
               f"in batches of {config['batch_size']}")
     progress = common.Progress(config["epochs"], args.quiet)
     history = []
-    snapshots = {0: evaluate(student, data["probe"], objective, args.amp)[1]}
+    snapshots = {0: evaluate(student, data["probe"], objective, args.amp, keep_states=True)[1]}
     # Dropout and the order of the batches depend on the seed alone: twins see the same batches.
     torch.manual_seed(config["seed"])
     order = torch.Generator().manual_seed(config["seed"])
@@ -807,7 +810,8 @@ def run(config, data, sizes, args, force=False):
                         "seconds": seconds})
         progress.epoch(epoch, mean_loss, accuracy, seconds)
         if epoch & (epoch - 1) == 0 or epoch == config["epochs"]:  # 1, 2, 4, 8 ... and the last
-            snapshots[epoch] = evaluate(student, data["probe"], objective, args.amp)[1]
+            snapshots[epoch] = evaluate(student, data["probe"], objective, args.amp,
+                                        keep_states=True)[1]
 
     metrics, outputs = test_all(student, data, objective, args.amp)
     outputs |= {"probe_epochs": list(snapshots),
@@ -905,6 +909,7 @@ def main(argv=None):
     source, args.bytes, sentences = load_sentences(args.data, args.data_dir, args.examples)
     args.examples = len(sentences["train"])
     data, sizes = make_data(sentences, args.objective, args.device)
+    del sentences  # those of the official table take a gigabyte
     if not args.quiet:
         print(f"device: {args.device}, {'bfloat16' if args.amp else 'float32'}\ndata: {source}, "
               + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))
