@@ -2,7 +2,7 @@
 
     python train_sva.py --student transformer-seq                                # no distillation
     python train_sva.py --teacher lstm --student transformer-seq --kd            # distillation
-    python train_sva.py --teacher lstm --student transformer-seq --kd --every-word
+    python train_sva.py --teacher lstm --student transformer-seq --kd --every-word --out runs-words
     python train_sva.py --teacher lstm --student transformer-seq --kd --objective lm
 
 "The keys near the cabinet ..." is or are? The number of the subject decides, not that of the nouns
