@@ -71,7 +71,7 @@ def t_test(values, margin=0.0):
     if len(values) < 3:
         return mean, math.nan, math.nan, "untested", math.nan
     error = max(statistics.stdev(values) / math.sqrt(len(values)), 1e-12)
-    t, probability = t_distribution(len(values) - 1, 20)
+    t, probability = t_distribution(len(values) - 1, 5)  # the quantile is at most 4.303
     half = error * t[torch.searchsorted(probability, 0.95)].item()
     low, high = mean - half, mean + half
     distance = min(abs(abs(mean) - margin) / error, 1000)
@@ -156,7 +156,11 @@ def read_run(folder, record):
         chosen = torch.randperm(len(logits), generator=generator)[:COMPARED_EXAMPLES]
         answers[test] = logits[chosen].float().softmax(dim=1)
         labels[test] = outputs[f"{test}_labels"][chosen]
-    path = dict(zip(outputs["probe_epochs"].tolist(), outputs["probe_representations"]))
+        if not isinstance(record["metrics"][test]["accuracy"], float):
+            raise ValueError(f"accuracy of {test}")
+    record["environment"]["device"]
+    path = dict(zip(outputs["probe_epochs"].tolist(), outputs["probe_representations"],
+                    strict=True))
     return Run(common.run_name(config), config["seed"], folder, config, record, answers, labels,
                path)
 
@@ -186,7 +190,7 @@ def load_groups(root, problems):
                     raise common.UserError(f"a second {run.name} of seed {run.seed}")
                 place_of_kind(run)
                 runs[run.name, run.seed] = run
-            except (common.UserError, KeyError, TypeError, ValueError) as error:
+            except (common.UserError, KeyError, TypeError, ValueError, AttributeError) as error:
                 problems.append(f"left out: {folder} ({type(error).__name__}: {error})")
         if runs:
             runs = {(run.name, run.seed): run for run in sorted(runs.values(), key=place_of_kind)}
@@ -715,6 +719,7 @@ def plot_paths(plt, group, weak):
     paths = classical_mds(distances).split([len(run.path) for _, run in runs])
     curves = [(role, *path.T, None) for (role, _), path in zip(runs, paths)]
     figure = draw(plt, {weak: curves}, "first dimension of 1 - RSA", "second dimension")
+    figure.axes[0].set_aspect("equal", adjustable="datalim")  # distances mean the same both ways
     for (role, _), path in zip(runs, paths):  # a large marker: the end
         figure.axes[0].plot(*path[-1], **STYLES[role], markersize=7, markeredgecolor="white")
     return figure
@@ -764,7 +769,7 @@ def plot_group(plt, group, barriers):
         if weak in group.kinds():
             figures[f"reliability-{weak}"] = plot_reliability(plt, group, weak)
             figures[f"paths-{weak}"] = plot_paths(plt, group, weak)
-            if barriers:
+            if any(entry["pair"].startswith(weak) for entry in barriers):
                 figures[f"barriers-{weak}"] = plot_barriers(plt, group, weak, barriers)
     if group.task == "sva" and figures:
         figures["attractors"] = plot_attractors(plt, group)
@@ -796,7 +801,7 @@ def main(argv=None):
     if args.plots:
         plt = import_pyplot()
         args.plots.mkdir(parents=True, exist_ok=True)
-    problems, results, studies, figures = [], [], {}, {}
+    problems, results, studies = [], [], {}
     for group in load_groups(args.runs, problems):
         barriers = measure_barriers(group, args.data_dir, device, problems)
         claims = test_claims(group, barriers)
@@ -815,16 +820,16 @@ def main(argv=None):
                         "runs": [{key: run.record.get(key) for key in KEPT} for run in runs]})
         if args.plots:
             for name, figure in plot_group(plt, group, barriers).items():
-                figures[f"{place}-{examples}-{name}"] = figure
+                figure.savefig(args.plots / f"{place}-{examples}-{name}.png")
+            plt.close("all")
     for place, accuracies in studies.items():
         if any(len(accuracies.get(weak, [])) > 1 for weak in STRONGER):
             print_data_sizes(place, accuracies)
             if args.plots:
-                figures[f"{place}-data-sizes"] = plot_data_sizes(plt, accuracies)
-    for name, figure in figures.items():
-        figure.savefig(args.plots / f"{name}.png")
+                figure = plot_data_sizes(plt, accuracies)
+                figure.savefig(args.plots / f"{place}-data-sizes.png")
     if args.plots:
-        print(f"{len(figures)} figures written to {args.plots}")
+        print(f"figures written to {args.plots}")
     if not results:
         problems.append(f"{args.runs} has no finished run: try ./run_all.sh --quick")
     if problems:
