@@ -1,6 +1,6 @@
 """What the scripts share: the KD loss, the metrics, run files, command-line flags, progress.
 
-Nothing here knows a model or a data set. Every function works alone, copied with its imports.
+Nothing here knows a model or a data set. kd_loss and the metrics work alone, copied with their imports.
 Metrics compute in double precision, so they want tensors on the CPU.
 """
 
@@ -112,8 +112,8 @@ def rsa(representations_a, representations_b):
     """
 
     def row_products(x, y):
-        # Row i of x's matrix is X x_i. Its product with row i of y's matrix is x_i' (X' Y) y_i:
-        # ten times as fast as with the (examples, examples) matrices.
+        # Row i of x's matrix is X x_i. Its product with row i of y's matrix is x_i' (X' Y) y_i,
+        # so that the (examples, examples) matrices themselves are never needed.
         return ((x @ (x.T @ y)) * y).sum(dim=1)
 
     a = F.normalize(representations_a.double(), dim=1)

@@ -736,7 +736,8 @@ def run(config, data, sizes, args, force=False):
         teacher.eval().requires_grad_(False)
         if not every_word:
             # Neither the teacher nor the sentences change: it is asked once for each sentence.
-            # A language model's logits for every word would not fit: it is asked each time.
+            # For answers after every word it is asked in each batch: those of a language model
+            # would not fit.
             teacher_logits = evaluate(teacher, data["train"], objective, args.amp)[0].to(device)
 
     # The student and, online, the teacher that learns beside it: a parameter group for each.
