@@ -1,6 +1,6 @@
 """What the scripts share: the KD loss, the metrics, run files, command-line flags, progress.
 
-Nothing here knows a model or a data set. kd_loss and the metrics work alone, copied with their imports.
+Nothing here knows a model or a data set. kd_loss and the metrics work alone with their imports.
 Metrics compute in double precision, so they want tensors on the CPU.
 """
 
