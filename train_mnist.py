@@ -10,11 +10,14 @@ outputs.npz and model.pt in runs/mnist/<run name>/seed<k>/ (runs/mnist-synthetic
 here). After Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 """
 
-import contextlib
-import io
+import argparse
+import hashlib
+import math
+import shlex
 import socket
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -24,63 +27,49 @@ import torch.nn.functional as F
 
 import common
 
-# One recipe for all setups of a model. Chosen on the validation digits among batches of 64 to 256,
-# learning rates of 4e-3 to 2e-2, weight decay of 0.01 to 0.3 and temperatures of 5 to 40.
+# One recipe for all setups of a model. Chosen on the validation digits, also scaled and translated,
+# three seeds. The epochs are for all digits: fewer get more epochs, so that the steps stay as many.
 RECIPES = {
-    "mlp": {"epochs": 20, "batch_size": 128, "lr": 4e-3, "weight_decay": 0.01},
-    "cnn": {"epochs": 16, "batch_size": 128, "lr": 4e-3, "weight_decay": 0.01},
+    "mlp": {"epochs": 24, "batch_size": 512, "lr": 0.4, "weight_decay": 5e-4},
+    "cnn": {"epochs": 6, "batch_size": 256, "lr": 0.1, "weight_decay": 5e-4},
 }
 TEMPERATURE = 20.0
-TRAIN_SIZE = 60_000
-PROBE_SIZE = 1000  # test digits whose representations are kept
+EXAMPLES = 60_000
 TESTS = ("test", "scaled", "translated")
 
 
-# ---- Models: `body` gives the penultimate representation, `head` is the last linear layer --------
+# ---- Models: (n, 1, 28, 28) -> (n, 10) -----------------------------------------------------------
 
 
-class MLP(nn.Module):
-    """Hidden layers of 512, 128 and 32 units: (n, 1, 28, 28) -> (n, 10), representation (n, 32)."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(784, 512), nn.BatchNorm1d(512), nn.ReLU(),
-            nn.Linear(512, 128), nn.BatchNorm1d(128), nn.ReLU(),
-            nn.Linear(128, 32), nn.BatchNorm1d(32), nn.ReLU(),
-        )
-        self.head = nn.Linear(32, 10)
-
-    def forward(self, x):
-        return self.head(self.body(x))
+def network(*layers):
+    """`body`, all layers but the last, gives the penultimate representation; `head` is the last."""
+    return nn.Sequential(OrderedDict(body=nn.Sequential(*layers[:-1]), head=layers[-1]))
 
 
-class CNN(nn.Module):
-    """Three convolutions: (n, 1, 28, 28) -> (n, 10), representation (n, 64).
+def mlp():
+    return network(
+        nn.Flatten(),
+        nn.Linear(784, 512), nn.BatchNorm1d(512), nn.ReLU(),
+        nn.Linear(512, 128), nn.BatchNorm1d(128), nn.ReLU(),
+        nn.Linear(128, 32), nn.BatchNorm1d(32), nn.ReLU(),
+        nn.Linear(32, 10))
 
-    Average pooling (a max moves with the sampling grid) and padding (every position sees the same
-    filters) make it indifferent to where a digit stands.
+
+def cnn():
+    """A maximum over all positions forgets where a digit stands and, as it counts none, how large.
+
+    Padding lets every position see the same filters; averages of windows that overlap hide the
+    sampling grid.
     """
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 5, padding=2), nn.BatchNorm2d(32), nn.ReLU(),
-            nn.AvgPool2d(2),                                                # (n, 32, 14, 14)
-            nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.AvgPool2d(2),                                                # (n, 64, 7, 7)
-            nn.Conv2d(64, 64, 5, padding=2), nn.BatchNorm2d(64), nn.ReLU(),
-            nn.Dropout(0.05),
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(),                          # (n, 64)
-        )
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x):
-        return self.head(self.body(x))
+    return network(
+        nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.AvgPool2d(4, 2, 1), nn.BatchNorm2d(16),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4, 2, 1), nn.BatchNorm2d(32),
+        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(),  # (n, 64, 7, 7)
+        nn.AdaptiveMaxPool2d(1), nn.Flatten(),                           # (n, 64)
+        nn.Linear(64, 10))
 
 
-MODELS = {"mlp": MLP, "cnn": CNN}
+MODELS = {"mlp": mlp, "cnn": cnn}
 
 
 def build_model(name, seed, device):
@@ -100,140 +89,91 @@ def to_input(images):
 # ---- Data: images are grey levels 0..255, (n, 28, 28); labels are (n,) int64 ---------------------
 
 
-def translate(images, pixels=3, seed=0):
-    """Every digit shifted by `pixels` in both axes, each sign drawn at random; zeros move in.
+def warp(images, theta, bends=0.0):
+    """Images, sampled where the affine maps theta (n, 2, 3), plus bends, lead; zeros outside.
 
-    images: (n, rows, columns); the signs depend on `seed` alone. As MNIST-C's "translate" at
-    severity 3 (Mu & Gilmer 2019, arXiv 1906.02337).
+    Bilinear, not rounded to whole grey levels; images of any size -> (n, 28, 28) float32.
     """
-    n, rows, columns = images.shape
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(0, 2, (n, 2), generator=generator).sub(1).mul(-2 * pixels)
-    row = first[:, :1] + torch.arange(rows)        # (n, rows)
-    column = first[:, 1:] + torch.arange(columns)  # (n, columns)
-    padded = F.pad(images, (pixels,) * 4)
-    return padded[torch.arange(n)[:, None, None], row[:, :, None], column[:, None, :]]
-
-
-def scale(images, factor=0.7):
-    """Every digit shrunk to `factor` about the image centre, bilinear, zeros outside.
-
-    images: (n, rows, columns) -> the same in float32, not rounded to whole grey levels. As
-    MNIST-C's "scale" at severity 3 (Mu & Gilmer 2019).
-    """
-    theta = torch.tensor([[1 / factor, 0, 0], [0, 1 / factor, 0]]).expand(len(images), 2, 3)
-    grid = F.affine_grid(theta, (len(images), 1, *images.shape[1:]), align_corners=False)
+    grid = F.affine_grid(theta, (len(images), 1, 28, 28), align_corners=False) + bends
     return F.grid_sample(images.float().unsqueeze(1), grid, align_corners=False).squeeze(1)
-
-
-def load_mnist(data_dir):
-    """(train images, train labels, test images, test labels), downloaded if they are not there.
-
-    None where they can't be had; UserError where the files are damaged.
-    """
-    from torchvision.datasets import MNIST  # takes a second to import, so not for synthetic data
-
-    socket.setdefaulttimeout(10)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # a line for every mirror that fails
-            train, test = MNIST(data_dir, True, download=True), MNIST(data_dir, False)
-        tensors = train.data, train.targets, test.data, test.targets
-        if [len(tensor) for tensor in tensors] != [60_000, 60_000, 10_000, 10_000]:
-            raise ValueError("wrong sizes")
-        return tensors
-    except Exception as error:  # torchvision reports damage in many ways
-        raw = Path(data_dir) / "MNIST" / "raw"
-        if len(list(raw.glob("*-ubyte"))) < 4:
-            return None
-        reason = " ".join(str(error).split())
-        raise common.UserError(f"the MNIST files in {raw} are damaged or swapped ({reason}); "
-                               "delete that folder to download them again") from None
 
 
 def synthetic_digits(n, seed):
     """`n` digits drawn here: images (n, 28, 28) uint8, labels (n,) int64, the same for one seed.
 
-    Glyphs of Pillow's font, each with its own size, width, slant, rotation, bends, thickness and
-    ink, off centre by at most a pixel, as MNIST's are.
+    Glyphs of Pillow's font, each with its own size, slant, rotation, bends and thickness, off
+    centre by at most a pixel, as MNIST's are.
     """
     from PIL import Image, ImageDraw, ImageFilter, ImageFont  # comes with torchvision
 
-    glyphs = torch.zeros(10, 1, 64, 64)
-    for digit in range(10):
-        image = Image.new("L", (64, 64))
-        font = ImageFont.load_default(size=62)
-        ImageDraw.Draw(image).text((32, 32), str(digit), fill=255, font=font, anchor="mm")
-        blurred = image.filter(ImageFilter.GaussianBlur(2.5))
-        glyphs[digit, 0] = torch.from_numpy(np.array(blurred)) / 255
-
+    glyphs = []
+    for digit in "0123456789":
+        image, font = Image.new("L", (64, 64)), ImageFont.load_default(size=62)
+        ImageDraw.Draw(image).text((32, 32), digit, fill=255, font=font, anchor="mm")
+        glyphs.append(np.array(image.filter(ImageFilter.GaussianBlur(2.5))))
+    glyphs = torch.from_numpy(np.stack(glyphs)) / 255
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(low, high, *shape):
-        return torch.rand(*shape, generator=generator) * (high - low) + low
+    def noise(*shape):
+        return 2 * torch.rand(*shape, generator=generator) - 1
 
-    labels = torch.randint(0, 10, (n,), generator=generator)
-    images = torch.empty(n, 28, 28, dtype=torch.uint8)
-    for part in torch.arange(n).split(2000):  # keeps the intermediate tensors small
+    def smooth(field):  # (m, channels, few, few) -> (m, 28, 28, channels)
+        field = F.interpolate(field, size=(28, 28), mode="bicubic", align_corners=True)
+        return field.permute(0, 2, 3, 1)
+
+    # Where a pixel looks in its glyph: an affine map, each entry with its own range.
+    centre = torch.tensor([[1.35, -0.2, 0], [0, 1.03, 0]])
+    spread = torch.tensor([[0.35, 0.6, 1 / 14], [0.15, 0.13, 1 / 14]])
+    labels, images = torch.randint(0, 10, (n,), generator=generator), []
+    for part in labels.split(2000):  # keeps the intermediate tensors small
         m = len(part)
-        # Where a pixel looks in its glyph: scaled, slanted, rotated, shifted by up to a pixel ...
-        width, height, slant = uniform(1.0, 1.7, m), uniform(0.9, 1.15, m), uniform(-0.6, 0.3, m)
-        angle, shift = uniform(-0.15, 0.15, m), uniform(-1 / 14, 1 / 14, 2, m)
-        cos, sin = angle.cos(), angle.sin()
-        theta = torch.stack([cos * width, (slant * cos - sin) * width, shift[0],
-                             sin * height, (slant * sin + cos) * height, shift[1]], dim=1)
-        grid = F.affine_grid(theta.view(m, 2, 3), (m, 1, 28, 28), align_corners=False)
-        # ... and bent, by a smooth field that leaves the centre where it is.
-        bends = uniform(-0.12, 0.12, m, 2, 4, 4)
-        bends -= bends[:, :, 1:3, 1:3].mean(dim=(2, 3), keepdim=True)
-        bends = F.interpolate(bends, size=(28, 28), mode="bicubic", align_corners=True)
-        blurred = F.grid_sample(glyphs[labels[part]], grid + bends.permute(0, 2, 3, 1),
-                                align_corners=False).squeeze(1)
+        bends = 0.12 * noise(m, 2, 4, 4)
+        bends -= bends[:, :, 1:3, 1:3].mean(dim=(2, 3), keepdim=True)  # the centre stays
+        blurred = warp(glyphs[part], centre + spread * noise(m, 2, 3), smooth(bends))
         # The lower the threshold on the blurred glyph, the thicker the stroke. It varies with the
         # pressure of the pen, down to gaps: so that neither model is perfect.
-        pressure = F.interpolate(uniform(-0.37, 0.37, m, 1, 5, 5), size=(28, 28), mode="bicubic",
-                                 align_corners=True).squeeze(1)
-        threshold, ink = uniform(0.2, 0.6, m, 1, 1) + pressure, uniform(200, 500, m, 1, 1)
+        threshold = 0.4 + 0.2 * noise(m, 1, 1) + 0.37 * smooth(noise(m, 1, 5, 5)).squeeze(3)
         strokes = ((blurred - threshold) * 5 + 0.5).clamp(0, 1) * (blurred > 0.02)
-        images[part] = (strokes * ink).clamp(0, 255).byte()
-    return images, labels
+        images.append((strokes * 255).byte())
+    return torch.cat(images), labels
 
 
-def load_digits(source, examples, data_dir):
-    """(source, (train images, train labels, test images, test labels)).
+def load_data(source, examples, data_dir, device):
+    """(source, {"train", "validation", "test", "scaled", "translated": (images, labels)}).
 
-    source "auto": MNIST if it can be had, else synthetic digits, with a warning.
+    source "auto": MNIST if it can be had, else synthetic digits, with a warning. The last twelfth
+    of the first `examples` training digits is for validation; each test has a sixth as many.
+    Scaled to 0.7, or translated by 3 pixels in both axes, each sign drawn at random: as MNIST-C's
+    "scale" and "translate" at severity 3 (Mu & Gilmer 2019, arXiv 1906.02337).
     """
     if source != "synthetic":
-        digits = load_mnist(data_dir)
-        if digits is not None:
-            return "mnist", digits
-        problem = f"MNIST is not in {data_dir}/MNIST/raw and can't be downloaded"
-        if source == "mnist":
-            raise common.UserError(f"{problem}: put its files there, or use --data synthetic")
-        print(f"\n*** WARNING: {problem}.\n*** Using SYNTHETIC digits drawn here: "
-              "no figure of this run is about MNIST.\n", file=sys.stderr)
-    train, test = synthetic_digits(examples, seed=0), synthetic_digits(examples // 6, seed=1)
-    return "synthetic", (*train, *test)
+        from torchvision.datasets import MNIST  # takes a second to import
 
-
-def make_data(digits, examples, device):
-    """{"train", "validation", "test", "scaled", "translated": (images, labels)} on `device`.
-
-    digits: as from load_digits. The first `examples` training digits are used, the last twelfth
-    of them for validation, and a sixth as many test digits.
-    """
-    train_images, train_labels, test_images, test_labels = digits
-    train = examples - examples // 12
-    test_images, test_labels = test_images[:examples // 6], test_labels[:examples // 6]
-    data = {
-        "train": (train_images[:train], train_labels[:train]),
-        "validation": (train_images[train:examples], train_labels[train:examples]),
-        "test": (test_images, test_labels),
-        "scaled": (scale(test_images), test_labels),
-        "translated": (translate(test_images), test_labels),
-    }
-    return {name: (images.to(device), labels.to(device))
-            for name, (images, labels) in data.items()}
+        socket.setdefaulttimeout(10)  # seconds without an answer
+        try:
+            mnist = MNIST(data_dir, train=True, download=True), MNIST(data_dir, train=False)
+            images, labels, test, test_labels = [x for m in mnist for x in (m.data, m.targets)]
+            source = "mnist"
+        except Exception as error:  # torchvision reports damage in many ways
+            if source == "mnist" or list(Path(data_dir).glob("MNIST/raw/*-ubyte")):
+                sys.exit(f"error: no MNIST in {data_dir}/MNIST/raw ({error}): use --data synthetic")
+            source = "synthetic"
+            print("*** WARNING: MNIST can't be fetched. These are SYNTHETIC digits, drawn here:\n"
+                  "*** no figure of this run is about MNIST.", file=sys.stderr)
+    n, train = examples // 6, examples - examples // 12
+    if source == "synthetic":
+        images, labels = synthetic_digits(examples, seed=0)
+        test, test_labels = synthetic_digits(n, seed=1)
+    test, test_labels = test[:n], test_labels[:n]
+    scaled = warp(test, (torch.eye(2, 3) / 0.7).expand(n, 2, 3))
+    corners = F.pad(test, (3, 3, 3, 3)).unfold(1, 28, 6).unfold(2, 28, 6)  # (n, 2, 2, 28, 28)
+    row, column = torch.randint(0, 2, (n, 2), generator=torch.Generator().manual_seed(0)).T
+    translated = corners[torch.arange(n), 1 - row, 1 - column]
+    data = {"train": (images[:train], labels[:train]),
+            "validation": (images[train:examples], labels[train:examples]),
+            "test": (test, test_labels), "scaled": (scaled, test_labels),
+            "translated": (translated, test_labels)}
+    return source, {name: (x.to(device), y.to(device)) for name, (x, y) in data.items()}
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -244,7 +184,7 @@ def evaluate(model, images, amp):
     """Logits (n, 10) and representations (n, width) in eval mode, float32, on the CPU."""
     model.eval()
     logits, representations = [], []
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         for part in images.split(1000):
             representations.append(model.body(to_input(part)))
             logits.append(model.head(representations[-1]))
@@ -255,83 +195,119 @@ def test_all(model, data, amp):
     """({test set: metrics}, {"<test set>_logits", "<test set>_labels": tensor})."""
     metrics, outputs = {}, {}
     for name in TESTS:
-        images, labels = data[name]
-        logits, labels = evaluate(model, images, amp)[0], labels.cpu()
+        logits, labels = evaluate(model, data[name][0], amp)[0], data[name][1].cpu()
         metrics[name] = common.classification_metrics(logits, labels)
         outputs |= {f"{name}_logits": logits, f"{name}_labels": labels}
     return metrics, outputs
 
 
-def run(config, data, args, force=False):
-    """Train, test and save what `config` describes; return its record, as in run.json.
+def configure(args, **changes):
+    """(folder, configuration) of the run that `args` describe, with some changes.
 
-    A finished run of this configuration is not repeated, unless `force`. The teacher of offline
-    distillation is such a run too: it is loaded, or trained first.
+    Results depend on the configuration alone; device and precision are no part of it. The folder's
+    name has each flag that is not at its default, so runs never collide.
     """
-    directory = run_directory(config, args)
-    record = common.finished_run(directory, config, force)
-    if record is not None:
-        if not args.quiet:
-            print(f"{directory} is finished already; --force repeats the student's run")
-        return record
-    device, online, offline = args.device, config["kd"] == "online", config["kd"] == "offline"
+    args = argparse.Namespace(**vars(args) | changes)
+    config = {"task": "mnist", "data": args.data, "examples": EXAMPLES, "student": args.student,
+              "seed": args.seed, "kd": args.kd}
+    name, models = args.student, {"": args.student}
+    if args.kd:
+        name = f"{args.teacher}-to-{args.student}" + {"offline": ""}.get(args.kd, f"-{args.kd}")
+        models["teacher_"] = args.teacher
+        config |= {"teacher": args.teacher, "teacher_seed": args.seed + 1,
+                   "temperature": TEMPERATURE, "alpha": 1.0}
+    for role, model in models.items():
+        config |= {role + key: value for key, value in RECIPES[model].items()}
+        config[f"{role}epochs"] = config[f"{role}epochs"] * EXAMPLES // (args.examples or EXAMPLES)
+    if args.kd == "online":  # the teacher learns in the student's batches
+        del config["teacher_epochs"], config["teacher_batch_size"]
+    for flag in ("examples", "epochs", "batch_size", "lr", "temperature", "alpha", "teacher_seed"):
+        value = getattr(args, flag)
+        keys = [key for key in (flag, f"teacher_{flag}") if key in config]
+        if value is not None and any(config[key] != value for key in keys):
+            config |= dict.fromkeys(keys, value)
+            name += f"-{flag.replace('_', '-')}{value:.10g}"
+    root = "mnist" if args.data == "mnist" else "mnist-synthetic"
+    return args.out / root / name / f"seed{args.seed}", config
 
-    if offline:
-        teacher_config = plain_config(args.teacher, args.teacher_seed, config["data"], args)
-        teacher_metrics = run(teacher_config, data, args)["metrics"]
-        teacher = build_model(config["teacher"], config["teacher_seed"], device)
-        common.load_weights(teacher, run_directory(teacher_config, args))
+
+def relatives(args):
+    """The runs to compare with, as "<run name>/seed<k>"; plain: one of each kind of model."""
+    def path(**changes):
+        return "/".join(configure(args, **changes)[0].parts[-2:])
+
+    found = {"plain": {model: path(student=model, kd=None) for model in MODELS}}
+    if args.kd:
+        found |= {"untaught": path(kd=None), "self_taught": path(teacher=args.student),
+                  "permuted": path(kd="permuted")}
+    if args.kd in ("offline", "permuted"):
+        found["teacher"] = path(student=args.teacher, seed=args.teacher_seed, kd=None)
+    return found
+
+
+def train(args, data):
+    """Train, test and save the run that `args` describe, unless that is done; returns its record.
+
+    The teacher of offline distillation is such a run too: it is loaded, or trained first.
+    """
+    (folder, config), device, kd = configure(args), args.device, args.kd
+    record = common.find_run(folder, config)
+    if record:
+        print(f"{folder} is finished: delete it to repeat it")
+        return record
+    images, labels = data["train"]
+
+    if kd:
+        teacher = build_model(args.teacher, args.teacher_seed, device)
+    if kd in ("offline", "permuted"):
+        plain = {"student": args.teacher, "seed": args.teacher_seed, "kd": None}
+        teacher_metrics = train(argparse.Namespace(**vars(args) | plain), data)["metrics"]
+        common.load_weights(teacher, configure(args, **plain)[0])
         # Neither the teacher nor the digits change: it is asked once for each digit.
-        teacher_logits = evaluate(teacher, data["train"][0], args.amp)[0].to(device)
+        teacher_logits = evaluate(teacher, images, args.amp)[0].to(device)
+    if kd == "permuted":
+        torch.manual_seed(args.seed)
+        for label in range(10):
+            own = (labels == label).nonzero().squeeze(1)  # the digits of this label
+            teacher_logits[own] = teacher_logits[own[torch.randperm(len(own), device=device)]]
 
     # The student and, online, the teacher that learns beside it: a parameter group for each.
-    student = build_model(config["student"], config["seed"], device)
-    groups = [{"params": list(student.parameters()), "lr": config["lr"],
-               "weight_decay": config["weight_decay"]}]
-    if online:
-        teacher = build_model(config["teacher"], config["teacher_seed"], device)
-        groups.append({"params": list(teacher.parameters()), "lr": config["teacher_lr"],
-                       "weight_decay": config["teacher_weight_decay"]})
-
-    images, labels = data["train"]
-    batch_size = min(config["batch_size"], len(labels))
+    student = build_model(args.student, args.seed, device)
+    learners = {"": student, "teacher_": teacher} if kd == "online" else {"": student}
+    groups = [{"params": model.parameters(), "lr": config[f"{role}lr"],
+               "weight_decay": config[f"{role}weight_decay"]} for role, model in learners.items()]
+    epochs, batch_size = config["epochs"], min(config["batch_size"], len(labels))
     steps = len(labels) // batch_size  # the incomplete last batch is left out
-    optimizer = torch.optim.AdamW(groups, fused=device.type != "mps")
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=[group["lr"] for group in groups], pct_start=0.25,
-        total_steps=max(config["epochs"] * steps, 5))  # it divides by zero below 5
+        total_steps=max(epochs * steps, 5))  # it divides by zero below 5
 
-    if not args.quiet:
-        print(f"\n{common.run_name(config)}, seed {config['seed']}: {count_parameters(student):,} "
-              f"parameters, {config['epochs']} epochs of {len(labels):,} digits "
-              f"in batches of {batch_size}")
-    progress = common.Progress(config["epochs"], args.quiet)
-    history = []
-    probe = data["test"][0][:PROBE_SIZE]
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    print(f"\n{folder}: {parameters:,} parameters, {epochs} epochs of {steps} batches")
+    history, begin, probe = [], time.perf_counter(), data["test"][0][:1000]
     snapshots = {0: evaluate(student, probe, args.amp)[1]}
-    # Dropout and the order of the batches depend on the seed alone: twins see the same batches.
-    torch.manual_seed(config["seed"])
-    order = torch.Generator().manual_seed(config["seed"])
-
-    for epoch in range(1, config["epochs"] + 1):
+    # The order of the batches depends on the seed alone: twins see the same batches.
+    order = torch.Generator().manual_seed(args.seed)
+    for epoch in range(1, epochs + 1):
         start, total_loss = time.perf_counter(), 0.0
         student.train()
         shuffled = torch.randperm(len(labels), generator=order).to(device)
         for step, batch in enumerate(shuffled.split(batch_size)[:steps], 1):
             # index_select copies a batch in a seventh of the time of images[batch] on the CPU.
             x, y = to_input(images.index_select(0, batch)), labels.index_select(0, batch)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
                 logits = student(x).float()
-                if online:
+                if kd == "online":
                     soft = teacher(x).float()
-            if offline:
+            if kd in ("offline", "permuted"):
                 soft = teacher_logits.index_select(0, batch)
 
-            if config["kd"] is None:
-                loss = F.cross_entropy(logits, y)
-            else:
+            if kd:
                 loss = common.kd_loss(logits, soft, y, config["temperature"], config["alpha"])
-            if online:  # reaches the teacher alone, as the KD loss reaches the student alone
+            else:
+                loss = F.cross_entropy(logits, y)
+            if kd == "online":  # reaches the teacher alone, as the KD loss the student alone
                 loss = loss + F.cross_entropy(soft, y)
 
             optimizer.zero_grad()
@@ -339,103 +315,110 @@ def run(config, data, args, force=False):
             optimizer.step()
             schedule.step()
             total_loss += loss.detach()  # no .item(): a GPU would wait for it in every step
-            progress.step(epoch, step, steps)
+            if step % 20 == 0 and sys.stdout.isatty():
+                print(f"epoch {epoch}/{epochs}  batch {step}/{steps}", end="\r", flush=True)
 
-        mean_loss = float(total_loss) / steps
-        seconds = time.perf_counter() - start
-        if not mean_loss < float("inf"):
-            raise common.UserError(f"the loss is {mean_loss} in epoch {epoch}: nothing is kept; "
-                                   "try a lower --lr")
-        validation_images, validation_labels = data["validation"]
-        predictions = evaluate(student, validation_images, args.amp)[0].argmax(dim=1)
-        accuracy = (predictions == validation_labels.cpu()).float().mean().item()
+        mean_loss, seconds = float(total_loss) / steps, time.perf_counter() - start
+        if not math.isfinite(mean_loss):
+            sys.exit(f"error: the loss is {mean_loss} in epoch {epoch}: try a lower --lr")
+        logits, y = evaluate(student, data["validation"][0], args.amp)[0], data["validation"][1]
+        accuracy = (logits.argmax(dim=1) == y.cpu()).float().mean().item()
         history.append({"epoch": epoch, "loss": mean_loss, "validation_accuracy": accuracy,
                         "seconds": seconds})
-        progress.epoch(epoch, mean_loss, accuracy, seconds)
-        if epoch & (epoch - 1) == 0 or epoch == config["epochs"]:  # 1, 2, 4, 8 ... and the last
+        if epoch & (epoch - 1) == 0 or epoch == epochs:  # 1, 2, 4, 8 ... and the last
             snapshots[epoch] = evaluate(student, probe, args.amp)[1]
+        left = (time.perf_counter() - begin) / epoch * (epochs - epoch)
+        print(f"epoch {epoch}/{epochs}  loss {mean_loss:.4f}  validation accuracy {accuracy:.4f}  "
+              f"{left:.0f} s left", flush=True)
 
     metrics, outputs = test_all(student, data, args.amp)
     outputs |= {"probe_epochs": list(snapshots),
                 "probe_representations": torch.stack(list(snapshots.values()))}
-    seconds = sum(entry["seconds"] for entry in history)
+    code = Path(__file__).read_bytes() + Path(common.__file__).read_bytes()
     record = {
-        "config": config,
-        "data": {"source": config["data"],
-                 **{name: len(labels) for name, (_, labels) in data.items()}},
-        "environment": common.describe_environment(device, "bfloat16" if args.amp else "float32"),
-        "parameters": {"student": count_parameters(student)},
-        "history": history,
-        "metrics": metrics,
-        "timing": {"training": seconds,
-                   "examples_per_second": config["epochs"] * steps * batch_size / seconds},
-    }
-    if online:
+        "config": config, **relatives(args),
+        "environment": {"command": shlex.join(sys.argv), "torch": torch.__version__,
+                        "device": str(device), "precision": "bfloat16" if args.amp else "float32",
+                        "code": hashlib.sha256(code).hexdigest()[:8]},
+        "sizes": {name: len(y) for name, (_, y) in data.items()} | {"parameters": parameters},
+        "history": history, "metrics": metrics}
+    if kd == "online":
         teacher_metrics, _ = test_all(teacher, data, args.amp)
-    if config["kd"]:
+    if kd:
         record["teacher_metrics"] = teacher_metrics
-        record["parameters"]["teacher"] = count_parameters(teacher)
-    common.save_run(directory, record, outputs, student.state_dict(), force)
-    if not args.quiet:
-        print(f"written to {directory}")
+    common.save_run(folder, record, outputs, student)
     return record
-
-
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def parse_arguments(argv):
-    parser = common.make_parser(__doc__)
-    common.add_shared_arguments(parser, list(MODELS), "mlp", f"{TEMPERATURE:g}")
-    parser.add_argument("--data", choices=["auto", "mnist", "synthetic"], default="auto",
-                        help="auto: MNIST if it can be had, else digits drawn here")
-    parser.add_argument("--examples", type=common.number(int, 60, TRAIN_SIZE), default=TRAIN_SIZE,
-                        help="training digits, and a sixth of it for each test (default: all)")
+def print_results(args, record):
+    """Accuracy and ECE of the student and, after distillation, of its teacher and untaught twin."""
+    rows = {"student": record["metrics"]}
+    if args.kd:
+        twin = common.find_run(*configure(args, kd=None)) or {"metrics": None}
+        rows = {"teacher": record["teacher_metrics"], "untaught twin": twin["metrics"], **rows}
+    print("\naccuracy / ECE  " + "".join(f"{test:<17}" for test in TESTS))
+    for role, tests in rows.items():
+        cells = [f"{tests[test]['accuracy']:.4f} / {tests[test]['ece']:.4f}" for test in TESTS
+                 ] if tests else ["not there yet: the same command without --kd and its flags"]
+        print(f"{role:<16}" + "".join(f"{cell:<17}" for cell in cells))
+    print(f"all in {configure(args)[0]}")
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags], see --help",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--student", choices=MODELS, default="mlp", help="model to train")
+    add("--teacher", choices=MODELS, help="model to learn from (default: the student's kind)")
+    add("--kd", nargs="?", const="offline", choices=["offline", "online", "permuted"],
+        help="distil: from a trained teacher (plain --kd); online: both are trained together; "
+             "permuted: as offline, the soft labels permuted among the digits of one label")
+    add("--temperature", type=float, help=f"softens both outputs (default: {TEMPERATURE:g})")
+    add("--alpha", type=float, help="share of the KD loss, the rest: cross-entropy (default: 1)")
+    for flag, kind in (("--epochs", int), ("--batch-size", int), ("--lr", float)):
+        add(flag, type=kind, help="for student and teacher (default: each model's recipe)")
+    add("--seed", type=int, default=0, help="initialisation and order of the batches")
+    add("--teacher-seed", type=int, help="(default: seed + 1)")
+    add("--data", choices=["auto", "mnist", "synthetic"], default="auto",
+        help="auto: MNIST if it can be had, else digits drawn here")
+    add("--examples", type=int, help="training digits, a sixth in each test (default: 60,000)")
+    add("--data-dir", type=Path, default="data", help="where MNIST is or is downloaded to")
+    add("--out", type=Path, default="runs", help="folder for runs")
+    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, on CPUs",
+        default=torch.cpu._is_avx512_bf16_supported())
     args = parser.parse_args(argv)
-    common.check_shared_arguments(parser, args, TEMPERATURE)
+
+    for flag in ("teacher", "teacher_seed", "temperature", "alpha"):
+        if getattr(args, flag) is not None and not args.kd:
+            parser.error(f"--{flag.replace('_', '-')} has no effect without --kd")
+    for flag, least in (("epochs", 1), ("batch_size", 2), ("examples", 60), ("lr", 1e-9),
+                        ("temperature", 1e-3), ("alpha", 0)):
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
+    args.teacher = args.teacher or args.student
+    args.teacher_seed = args.seed + 1 if args.teacher_seed is None else args.teacher_seed
+    if args.teacher_seed == args.seed:
+        parser.error("--teacher-seed must not be the student's own")
+    try:
+        torch.empty(1, device=args.device)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, AssertionError, OSError) as error:
+        parser.error(f"--device or --out: {str(error).splitlines()[0]}")
+    args.amp = args.amp and args.device.type == "cpu"  # GPUs have TF32
     return args
-
-
-def plain_config(model, seed, source, args):
-    """The configuration of a run without distillation: all that its results depend on.
-
-    Two runs with equal configurations are the same run. Device and precision are not part of it.
-    """
-    recipe = {key: getattr(args, key, None) or value for key, value in RECIPES[model].items()}
-    return {"task": "mnist", "data": source, "examples": args.examples,
-            "student": model, "seed": seed, "kd": None, **recipe}
-
-
-def run_directory(config, args):
-    root = "mnist" if config["data"] == "mnist" else "mnist-synthetic"
-    return args.out / root / common.run_name(config) / f"seed{config['seed']}"
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    args.device = common.choose_device(args.device)
-    args.amp = common.has_bfloat16(args.device) if args.amp is None else args.amp
-    args.out.mkdir(parents=True, exist_ok=True)
-    source, digits = load_digits(args.data, args.examples, args.data_dir)
-    data = make_data(digits, args.examples, args.device)
-    if not args.quiet:
-        sizes = ", ".join(f"{len(labels):,} {name}" for name, (_, labels) in data.items())
-        print(f"device: {args.device}, {'bfloat16' if args.amp else 'float32'}\n"
-              f"data: {source}, {sizes}")
-
-    config = plain_config(args.student, args.seed, source, args)
-    if args.kd:
-        teacher = plain_config(args.teacher, args.teacher_seed, source, args)
-        config = common.taught_config(config, teacher, args)
-    record = run(config, data, args, args.force)
-    if not args.quiet:
-        common.print_table(record, run_directory(config, args),
-                           {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL"})
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs
+    args.data, data = load_data(args.data, args.examples or EXAMPLES, args.data_dir, args.device)
+    print(f"{args.data}, {len(data['train'][1]):,} training digits, on {args.device}")
+    print_results(args, train(args, data))
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    main()

@@ -1,8 +1,8 @@
 """Train an LSTM or a Transformer on English subject-verb agreement, alone or on soft labels.
 
-    python train_sva.py --student transformer-seq                                # no distillation
-    python train_sva.py --teacher lstm --student transformer-seq --kd            # distillation
-    python train_sva.py --teacher lstm --student transformer-seq --kd --every-word --out runs-words
+    python train_sva.py --student transformer-seq                             # no distillation
+    python train_sva.py --student transformer-seq --kd                        # self-distillation
+    python train_sva.py --teacher lstm --student transformer-seq --kd         # distillation
     python train_sva.py --teacher lstm --student transformer-seq --kd --objective lm
 
 "The keys near the cabinet ..." is or are? The number of the subject decides, not that of the nouns
@@ -12,17 +12,18 @@ model.pt in runs/sva-<data>/<run name>/seed<k>/ (runs/sva-lm-<data> for language
 Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 """
 
+import argparse
+import functools
 import gzip
-import itertools
+import hashlib
+import math
+import operator
 import random
-import socket
+import shlex
 import statistics
 import sys
-import tarfile
-import tempfile
 import time
 import zlib
-from array import array
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -34,39 +35,33 @@ import torch.nn.functional as F
 
 import common
 
-TABLE = "agr_50_mostcommon_10K.tsv"
-SOURCES = [  # where --data linzen fetches them, in this order: (address, file)
-    ("https://www.dropbox.com/s/5axdu3q9jkxzjy8/agr_50_mostcommon_10K.tsv.gz?dl=1", f"{TABLE}.gz"),
-    ("http://tallinzen.net/media/rnn_agreement/rnn_agr_simple.tar.gz", "rnn_agr_simple.tar.gz"),
-]
-TIMEOUT = 30  # seconds without an answer
-
-# One recipe for all setups of a model. Chosen on sentences of another seed of the grammar.
+# One recipe for all setups of a model: batch size, peak learning rate, weight decay. Chosen on
+# sentences of another seed of an older grammar.
 RECIPES = {
-    "classification": {
-        "lstm": {"epochs": 12, "batch_size": 128, "lr": 3e-3, "weight_decay": 0.01},
-        "transformer": {"epochs": 12, "batch_size": 128, "lr": 1e-3, "weight_decay": 0.01},
-    },
-    "lm": {
-        "lstm": {"epochs": 12, "batch_size": 32, "lr": 6e-3, "weight_decay": 0.01},
-        "transformer": {"epochs": 12, "batch_size": 64, "lr": 2e-3, "weight_decay": 0.01},
-    },
+    ("classification", "lstm"): {"batch_size": 128, "lr": 3e-3, "weight_decay": 0.01},
+    ("classification", "transformer"): {"batch_size": 128, "lr": 1e-3, "weight_decay": 0.01},
+    ("lm", "lstm"): {"batch_size": 32, "lr": 6e-3, "weight_decay": 0.01},
+    ("lm", "transformer"): {"batch_size": 64, "lr": 2e-3, "weight_decay": 0.01},
 }
 TEMPERATURE = {"classification": 2.0, "lm": 1.0}
+SENTENCES_READ, MOST_EPOCHS = 560_000, 32  # the fewer sentences, the more often each is read
+SYNTHETIC_EXAMPLES = 750
+TABLE = "agr_50_mostcommon_10K.tsv.gz"
+URL = f"https://www.dropbox.com/s/5axdu3q9jkxzjy8/{TABLE}?dl=1"
+COLUMNS = ("sentence", "verb_index", "verb_pos", "n_intervening", "n_diff_intervening", "distance")
 VOCABULARY_SIZE = 10_000  # as in the paper
 PAD, UNKNOWN, START, END = range(4)  # token numbers; the words' numbers follow
-MOST_ATTRACTORS, LONGEST_DISTANCE = 4, 16  # the groups of A-accuracy (4: and more) and D-accuracy
 LONGEST_SENTENCE = 254  # words; with START and END the 256 positions of a Transformer
-PROBE_SIZE = 1000  # test sentences whose representations are kept
-SYNTHETIC_EXAMPLES = 10_000
+WORDS_AT_ONCE = 2048  # in training: (words, vocabulary) is what takes a language model's memory
 
 
-# ---- Models: tokens (n, length), PAD on the right, and lengths (n,) -> states (n, length, width).
-# `represent` picks the state that the answer is read from, `head` is the last linear layer.
+# ---- Models: tokens (n, length), PAD on the right -> states (n, length, width); head -> answers --
 
 
 class LSTM(nn.Module):
     """Embedding, two LSTM layers, linear head. It reads from left to right: padding is harmless."""
+
+    causal = True
 
     def __init__(self, vocabulary, outputs, width, dropout=0.25):
         super().__init__()
@@ -75,15 +70,8 @@ class LSTM(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(width, outputs)
 
-    def states(self, tokens, lengths):
-        embedded = self.drop(self.embedding(tokens))
-        # Under bfloat16 autocast cuDNN's LSTM would run in float16, whose range is too small for
-        # its gradients without loss scaling: on CUDA it stays in float32.
-        with torch.autocast("cuda", enabled=False):
-            return self.drop(self.lstm(embedded)[0])
-
-    def represent(self, tokens, lengths):
-        return state_at(self.states(tokens, lengths), lengths - 1)
+    def states(self, tokens):
+        return self.drop(self.lstm(self.drop(self.embedding(tokens)))[0])
 
 
 class Block(nn.Module):
@@ -100,31 +88,27 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x, mask):
-        n, length, width = x.shape
         qkv = self.queries_keys_values(self.norm_attention(x))
-        qkv = qkv.view(n, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (n, heads, length, width / heads) each
-        # Without a mask: causal. Then no word looks at the padding, which comes after it.
-        attended = F.scaled_dot_product_attention(
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(  # (n, heads, length, width / heads)
             q, k, v, attn_mask=mask, is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0)
-        attended = attended.transpose(1, 2).reshape(n, length, width)
-        x = x + self.drop(self.project(attended))
+        x = x + self.drop(self.project(attended.transpose(1, 2).flatten(2)))
         return x + self.drop(self.mlp(self.norm_mlp(x)))
 
 
 class Transformer(nn.Module):
     """Pre-norm Transformer with learned positions.
 
-    causal: a word sees the words before it, the answer is read at the last word (Transformer-seq);
-    else words see both sides and the answer is read at a class token in front. shared: one layer
-    serves at every depth, told apart by a learned embedding of the depth (Universal Transformer,
-    Dehghani et al. 2019, arXiv 1807.03819, sec. 2.1).
+    causal: a word sees the words before it (Transformer-seq); else words see both sides, and every
+    state is that of a class token in front. shared: one layer serves at every depth, told apart by
+    a learned embedding of the depth (Universal Transformer, Dehghani et al. 2019, arXiv 1807.03819,
+    sec. 2.1).
     """
 
     def __init__(self, vocabulary, outputs, width, layers=3, causal=True, shared=False):
         super().__init__()
-        self.causal, self.layers = causal, layers
+        self.causal, self.layers, self.shared = causal, layers, shared
         self.embedding = nn.Embedding(vocabulary, width, padding_idx=PAD)
         self.position = nn.Embedding(LONGEST_SENTENCE + 2, width)
         self.depth = nn.Embedding(layers, width) if shared else None
@@ -136,54 +120,39 @@ class Transformer(nn.Module):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.1)
 
-    def states(self, tokens, lengths):
-        x = self.embedding(tokens)
-        mask = None
+    def states(self, tokens):
+        x, mask = self.embedding(tokens), None  # without a mask: causal, so padding comes too late
         if not self.causal:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
-            mask = torch.arange(x.shape[1], device=x.device) <= lengths[:, None]
-            mask = mask[:, None, None]  # (n, heads, queries, keys): the class token and the words
+            mask = F.pad(tokens != PAD, (1, 0), value=True)[:, None, None]
         x = x + self.position.weight[:x.shape[1]]
         for layer in range(self.layers):
-            if self.depth is not None:
+            if self.shared:
                 x = x + self.depth.weight[layer]
             x = self.blocks[layer % len(self.blocks)](x, mask)
-        return self.norm(x)
-
-    def represent(self, tokens, lengths):
-        last = lengths - 1 if self.causal else torch.zeros_like(lengths)
-        return state_at(self.states(tokens, lengths), last)
-
-
-def state_at(states, positions):
-    """states (n, length, width), positions (n,) -> (n, width)."""
-    return states[torch.arange(len(states), device=states.device), positions]
+        return self.norm(x) if self.causal else self.norm(x[:, :1]).expand(-1, x.shape[1] - 1, -1)
 
 
 MODELS = {
-    "lstm": lambda *sizes: LSTM(*sizes, width=128),
-    "transformer": lambda *sizes: Transformer(*sizes, width=96, causal=False),
-    "transformer-seq": lambda *sizes: Transformer(*sizes, width=96),
-    "ut-seq": lambda *sizes: Transformer(*sizes, width=160, shared=True),
-    "lstm-small": lambda *sizes: LSTM(*sizes, width=64),
-    "transformer-seq-small": lambda *sizes: Transformer(*sizes, width=48),
+    "lstm": functools.partial(LSTM, width=128),
+    "transformer": functools.partial(Transformer, width=96, causal=False),
+    "transformer-seq": functools.partial(Transformer, width=96),
+    "ut-seq": functools.partial(Transformer, width=160, shared=True),
+    "lstm-small": functools.partial(LSTM, width=64),
+    "transformer-seq-small": functools.partial(Transformer, width=48),
 }
 
 
-def build_model(name, seed, words, objective, device):
-    """A new model for a vocabulary of `words` words; its weights depend on (name, seed) alone."""
+def build_model(name, seed, tokens, objective, device):
+    """A new model for that many tokens; its initial weights depend on (name, seed) alone."""
     torch.manual_seed(seed)
-    tokens = words + END + 1
     return MODELS[name](tokens, tokens if objective == "lm" else 2).to(device)
 
 
-# ---- Sentences -----------------------------------------------------------------------------------
-
-
 class Sentence(NamedTuple):
-    """text: words separated by spaces. verb: its index. forms: singular and plural of the verb,
-    None if unknown. attractors: nouns of the other number between subject and verb. distance:
-    words from the subject to the verb. Both are -1 where unknown."""
+    """text: words separated by blanks. verb: its index. forms: the verb's singular and plural, None
+    if unknown. attractors: nouns between subject and verb, if all are of the other number; else -1.
+    distance: words from the subject to the verb; -1 if unknown."""
 
     text: str
     verb: int
@@ -193,399 +162,218 @@ class Sentence(NamedTuple):
     forms: tuple
 
 
+# ---- Synthetic sentences: "near the dogs that the cat sees , the king behind the boys sleeps ."
+# The verb agrees with the king, the head of the subject, not with the first or the last noun.
+
+# What a symbol becomes, one of the list. [n]: the part has the symbol's own number; [m]: singular
+# or plural by chance, the same wherever [m] stands in a production.
+GRAMMAR = {
+    "OPENING": ["", *2 * ["PREP NP[m] ,"], *2 * ["NP[m] SAY[m] that"]],
+    "NP": [*5 * ["the N[n]"], *3 * ["the N[n] PREP NP[m]"],
+           "the N[n] that SEE[n] NP[m]", "the N[n] that NP[m] SEE[m]"],
+    "VP": [*2 * ["SLEEP[n] ."], "SEE[n] the N[m] ."],
+}
+WORDS = {  # -s makes a noun plural and a verb singular; nothing else shows number
+    "N": "dog cat boy girl king queen doctor teacher farmer lawyer".split(),
+    "SEE": "see like know help".split(),
+    "SLEEP": "sleep run work wait".split(),
+    "SAY": "say think".split(),
+    "PREP": "near behind with above".split(),
+}
+NATURAL, BALANCED = (80, 13, 5, 1, 1), (20, 20, 20, 20, 20)  # % with 0, 1, 2, 3, 4+ attractors
+
+
+def expand(symbol, plural, rng, others=None):
+    """The words that `symbol` of that number (None: it has none) becomes, by chance.
+
+    others: the number of every [m], instead of chance.
+    """
+    if symbol in WORDS:
+        word = rng.choice(WORDS[symbol])
+        return [word + "s" if plural is (symbol == "N") else word]
+    if symbol not in GRAMMAR:
+        return [symbol]
+    chance = rng.random() < 0.5 if others is None else others
+    numbers, words = {"n]": plural, "m]": chance, "": None}, []
+    for part in rng.choice(GRAMMAR[symbol]).split():
+        name, _, number = part.partition("[")
+        words += expand(name, numbers[number], rng, others)
+    return words
+
+
+def draw_sentence(rng, hard):
+    """A Sentence of the grammar; hard: all nouns between subject and verb are attractors."""
+    plural = rng.random() < 0.5
+    opening, rest = expand("OPENING", None, rng), expand("VP", plural, rng)
+    subject = expand("NP", plural, rng, others=not plural if hard else None)
+    verb, lemma = len(opening + subject), rest[0].removesuffix("s")
+    attractors = 0
+    for word in subject:
+        if word.removesuffix("s") in WORDS["N"] and word.endswith("s") != plural:
+            attractors += 1
+    return Sentence(" ".join(opening + subject + rest), verb, plural, attractors,
+                    len(subject) - 1, (lemma + "s", lemma))  # the head follows "the"
+
+
+def synthetic_sentences(examples, seed=0):
+    """{"train", "validation", "test": [Sentence]}: attractors are rare but in the test.
+
+    `examples` training sentences, as many for validation, twice as many for the test, but at most
+    500 and 2,000. None of these has the words before the verb of a training sentence.
+    """
+    rng, parts, seen = random.Random(seed), {}, set()
+    for name, size, shares in (("train", examples, NATURAL),
+                               ("validation", min(examples, 500), NATURAL),
+                               ("test", min(2 * examples, 2000), BALANCED)):
+        parts[name], wanted = [], [size * share // 100 for share in shares]
+        wanted[0] += size - sum(wanted)
+        while any(wanted):
+            sentence = draw_sentence(rng, hard=name == "test")
+            group = min(sentence.attractors, 4)
+            if wanted[group] and before_verb(sentence) not in seen:
+                wanted[group] -= 1
+                parts[name].append(sentence)
+        seen = {before_verb(sentence) for sentence in parts["train"]}
+    return parts
+
+
 def before_verb(sentence):
     return tuple(sentence.text.split()[:sentence.verb])
 
 
-# ---- Synthetic sentences: -s makes a noun plural and a verb singular; nothing else shows number --
-
-NOUNS = """dog cat boy girl teacher student doctor nurse farmer pilot author singer painter driver
-    guard king queen actor lawyer banker baker hunter sailor soldier tourist visitor worker player
-    coach judge key cup car house table book picture letter tree river road bridge garden window
-    door ship train machine engine lamp song report plan idea law rule answer question building
-    school""".split()
-INTRANSITIVE = "run sleep laugh work wait arrive smile fall sing stay move return".split()
-TRANSITIVE = "see like know help follow visit admire avoid call want need remember chase praise"
-TRANSITIVE = TRANSITIVE.split()
-THINKING = "think say know believe hope claim".split()
-ADJECTIVES = "old young big small red tall famous quiet new strange kind happy".split()
-PREPOSITIONS = "near behind with beside under above from around for against".split()
-ADVERBS = "today often here there again now slowly quickly outside inside".split()
-ZIPF = [1 / (rank + 3) for rank in range(len(NOUNS))]  # word frequencies
-
-
-class Grammar:
-    """Sentences with a hierarchical subject, from a small probabilistic grammar.
-
-        sentence -> [preposition nouns ,] [nouns think that] SUBJECT VERB [nouns] [adverb] .
-        nouns    -> the [adjective] noun [preposition nouns | that verb nouns | that nouns verb]
-                    [and the noun]
-
-    front, embed: how often a phrase or an embedding comes first. modify: how often a noun is
-    modified; it falls by the factor `decay` with each level of depth. alike: how often a noun has
-    the number of the noun it depends on: deep sentences without an attractor. slip: how often a
-    verb disagrees with its own subject, as in real text, where writers and parsers err.
-    """
-
-    def __init__(self, seed, front, embed, modify, decay, alike, slip):
-        self.random = random.Random(seed)
-        self.front, self.embed, self.modify = front, embed, modify
-        self.decay, self.alike, self.slip = decay, alike, slip
-
-    def pick(self, words):
-        return self.random.choices(words, weights=ZIPF[:len(words)])[0]
-
-    def coin(self, probability=0.5):
-        return self.random.random() < probability
-
-    def noun(self, plural):
-        return self.pick(NOUNS) + ("s" if plural else "")
-
-    def verb(self, words, plural):
-        return self.pick(words) + ("" if plural != self.coin(self.slip) else "s")
-
-    def nouns(self, plural, modify):
-        """(words of a noun phrase whose head has that number, index of the head)."""
-        words = ["the"]
-        if self.coin(0.2):
-            words.append(self.pick(ADJECTIVES))
-        head = len(words)
-        words.append(self.noun(plural))
-        if self.coin(modify):
-            kind, deeper = self.random.random(), modify * self.decay
-            if kind < 0.5:
-                words += [self.pick(PREPOSITIONS), *self.distractor(plural, deeper)]
-            elif kind < 0.75:
-                words += ["that", self.verb(TRANSITIVE, plural), *self.distractor(plural, deeper)]
-            else:
-                other = plural == self.coin(self.alike)
-                words += ["that", *self.nouns(other, 0.6 * deeper)[0]]
-                words += [self.verb(TRANSITIVE, other)]
-        return words, head
-
-    def distractor(self, plural, modify):
-        """Words of a noun phrase below a noun of that number, now and then with a second noun."""
-        other = plural == self.coin(self.alike)
-        words, _ = self.nouns(other, modify)
-        if self.coin(0.1):
-            words += ["and", "the", self.noun(other == self.coin(self.alike))]
-        return words
-
-    def sentence(self):
-        """(words, index of the subject's head, index of the verb)."""
-        words, plural = [], self.coin()
-        if self.coin(self.front):
-            words += [self.pick(PREPOSITIONS), *self.distractor(plural, 0.4 * self.modify), ","]
-        if self.coin(self.embed):
-            other = plural == self.coin(self.alike)
-            words += [*self.nouns(other, 0.3 * self.modify)[0], self.verb(THINKING, other), "that"]
-        subject, head = self.nouns(plural, self.modify)
-        head += len(words)
-        words += subject
-        verb = len(words)
-        if self.coin(0.4):
-            words += [self.verb(TRANSITIVE, plural), *self.distractor(plural, 0.15)]
-        else:
-            words += [self.verb(INTRANSITIVE, plural)]
-        if self.coin(0.4):
-            words.append(self.pick(ADVERBS))
-        return words + ["."], head, verb
-
-
-TRAIN_GRAMMAR = {"front": 0.3, "embed": 0.3, "modify": 0.7, "decay": 0.8, "alike": 0.85,
-                 "slip": 0.1}
-TEST_GRAMMAR = {"front": 0.4, "embed": 0.4, "modify": 0.9, "decay": 0.9, "alike": 0.5, "slip": 0}
-
-
-def synthetic_sentences(examples, seed=0):
-    """{"train", "validation", "test": [Sentence]}: easy training sentences, a harder test.
-
-    The label is the number that the verb shows. `examples` training sentences, a tenth of that for
-    validation, half of it in the test: 0, 1, 2, 3 and 4 or more attractors in equal parts, and
-    never the words before the verb of a training sentence.
-    """
-    number_of = {noun: False for noun in NOUNS} | {noun + "s": True for noun in NOUNS}
-
-    def draw(grammar):
-        words, head, verb = grammar.sentence()
-        between = [number_of[word] for word in words[head + 1:verb] if word in number_of]
-        attractors = between.count(not number_of[words[head]])
-        lemma = words[verb].removesuffix("s")
-        return Sentence(" ".join(words), verb, words[verb] == lemma, attractors, verb - head,
-                        (lemma + "s", lemma))
-
-    easy, deep = Grammar(seed, **TRAIN_GRAMMAR), Grammar(seed + 1, **TEST_GRAMMAR)
-    train = [draw(easy) for _ in range(examples)]
-    seen = {before_verb(sentence) for sentence in train}
-    validation = [draw(easy) for _ in range(examples // 10)]
-    groups = [[] for _ in range(MOST_ATTRACTORS + 1)]
-    wanted = max(1, examples // 10)
-    while any(len(group) < wanted for group in groups):
-        sentence = draw(deep)
-        group = groups[min(sentence.attractors, MOST_ATTRACTORS)]
-        if len(group) < wanted and before_verb(sentence) not in seen:
-            group.append(sentence)
-            seen.add(before_verb(sentence))
-    return {"train": train, "validation": validation, "test": list(itertools.chain(*groups))}
-
-
-# ---- Real sentences: Linzen, Dupoux & Goldberg 2016 (arXiv 1611.01368), in either layout ---------
-
-NUMPRED_TESTS = [f"numpred.test.{attractors}" for attractors in range(6)]
-COLUMNS = ("sentence", "verb_pos", "verb_index", "n_diff_intervening", "distance")
-HELP = "see Data in the README"
-
-
-def find_linzen(folder):
-    """The files of the layout in `folder`, [] if there is none; UserError if numpred.* has gaps."""
-    tables = [folder / name for name in (TABLE, f"{TABLE}.gz") if (folder / name).is_file()]
-    files = [folder / name for name in ("numpred.train", "numpred.val", *NUMPRED_TESTS)]
-    missing = [path.name for path in files if not path.is_file()]
-    if tables or len(missing) == len(files):
-        return tables[:1]
-    if missing:
-        raise common.UserError(f"{folder} has no {', '.join(missing)}; {HELP}")
-    return files
-
-
-def fetch_linzen(folder):
-    """Download the sentences into `folder` from the first of SOURCES that gives them whole.
-
-    They are read to the end in a temporary folder and then renamed. UserError if no source works.
-    """
-    socket.setdefaulttimeout(TIMEOUT)
-    folder.mkdir(parents=True, exist_ok=True)
-    failures = []
-    for url, name in SOURCES:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as temporary:
-            try:
-                path = Path(temporary) / name
-                print(f"fetching {url}", file=sys.stderr)
-                torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
-                if name.endswith(".tar.gz"):
-                    unpack_numpred(path)
-                files = find_linzen(path.parent)
-                if not files:
-                    raise ValueError("no sentences in it")
-                read_linzen(files)
-                # The training sentences last: without them nothing else is used.
-                for file in sorted(files, key=lambda file: file.name == "numpred.train"):
-                    file.rename(folder / file.name)
-                return
-            except Exception as error:  # of the network, gzip, tar, the file system, the reader
-                reason = str(error).replace(temporary, "").splitlines() or [type(error).__name__]
-                failures.append(f"{url}: {reason[0]}")
-    raise common.UserError(f"can't fetch the sentences ({'; '.join(failures)}); {HELP}")
-
-
-def unpack_numpred(archive):
-    """Unpack the files numpred.* beside `archive`, whatever folder they name, and nothing else."""
-    with tarfile.open(archive) as members:
-        for member in members:
-            name = Path(member.name).name
-            if member.isfile() and name.startswith("numpred."):
-                archive.with_name(name).write_bytes(members.extractfile(member).read())
-
-
-def read_lines(path):
-    """Numbered lines of a text or .gz file; UserError where it can't be read or decoded."""
-    number = 0
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.rstrip("\n")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise common.UserError(f"{path}, after line {number}: {error}; {HELP}") from None
-    if number == 0:
-        raise common.UserError(f"{path} is empty; {HELP}")
-
-
-def read_before_verbs(path, attractors):
-    """numpred.*: a line is the verb's tag, VBZ or VBP, a tab, the words before the verb."""
-    sentences = []
-    for number, line in read_lines(path):
-        tag, _, words = line.partition("\t")
-        if tag not in ("VBZ", "VBP") or not words.strip():
-            raise common.UserError(f"{path}, line {number}: expected VBZ or VBP, a tab and words, "
-                                   f"not {line[:40]!r}")
-        sentences.append(Sentence(f"{words} {tag}", len(words.split()), tag == "VBP", attractors,
-                                  -1, ("VBZ", "VBP")))
-    return sentences
+# ---- Real sentences: Linzen, Dupoux & Goldberg 2016 (arXiv 1611.01368) ---------------------------
 
 
 def read_table(path):
-    """agr_50_mostcommon_10K.tsv(.gz): a line of column names, full sentences, indices from 1."""
-    lines = read_lines(path)
-    names = next(lines)[1].split("\t")
-    if missing := [name for name in COLUMNS if name not in names]:
-        raise common.UserError(f"{path}, line 1: no column {', '.join(missing)}; {HELP}")
-    at = [names.index(name) for name in COLUMNS]
-    sentences = []
-    for number, line in lines:
-        fields = line.split("\t")
-        try:
-            text, tag, verb, attractors, distance = (fields[column] for column in at)
-            place, words = int(verb) - 1, text.split()
-            if tag not in ("VBZ", "VBP") or not 0 < place < len(words):
-                raise ValueError
-            forms = (words[place], None) if tag == "VBZ" else (None, words[place])
-            sentences.append(Sentence(text, place, tag == "VBP", int(attractors), int(distance),
-                                      forms))
-        except (ValueError, IndexError):
-            raise common.UserError(f"{path}, line {number}: not a sentence of this table: "
-                                   f"{line[:40]!r}") from None
-    # Shuffled once, 10 % for training and 1 % for validation, as in the paper.
-    random.Random(0).shuffle(sentences)
-    train, validation = len(sentences) // 10, max(1, len(sentences) // 100)
-    return {"train": sentences[:train], "validation": sentences[train:train + validation],
-            "test": sentences[train + validation:]}
+    """[Sentence] of a tab-separated table, .tsv or .tsv.gz, whose first line names its columns.
 
-
-def read_linzen(files):
-    """{"train", "validation", "test": [Sentence]} of the files that find_linzen found."""
-    if files[0].name.startswith(TABLE):
-        return read_table(files[0])
-    train, validation, *tests = files
-    test = [read_before_verbs(path, attractors) for attractors, path in enumerate(tests)]
-    return {"train": read_before_verbs(train, -1), "validation": read_before_verbs(validation, -1),
-            "test": list(itertools.chain(*test))}
-
-
-def load_sentences(source, data_dir, examples=None):
-    """(source, {file: bytes}, {"train", "validation", "test": [Sentence]}).
-
-    source "linzen": fetched if they aren't in data_dir; "auto": those in data_dir, else synthetic
-    ones, with a warning. Of more than `examples` real training sentences so many are drawn, the
-    same for every run.
+    Where the verb itself stands as its tag, VBZ or VBP, the tags are its two forms.
     """
-    files = [] if source == "synthetic" else find_linzen(data_dir)
-    if source == "linzen" and not files:
-        fetch_linzen(data_dir)
-        files = find_linzen(data_dir)
-    if source == "auto" and not files:
-        print(f"\n*** WARNING: neither {TABLE}(.gz) nor numpred.train is in {data_dir}; --data "
-              "linzen fetches them.\n*** Using SYNTHETIC sentences of a grammar: "
-              "no figure of this run is about English.\n", file=sys.stderr)
-    if not files:
-        return "synthetic", {}, synthetic_sentences(examples or SYNTHETIC_EXAMPLES)
-    sentences = read_linzen(files)
-    available = len(sentences["train"])
-    if examples and examples > available:
-        raise common.UserError(f"--examples {examples}: there are {available} in {data_dir}")
-    if examples and examples < available:
-        sentences["train"] = random.Random(0).sample(sentences["train"], examples)
-    return "linzen", {path.name: path.stat().st_size for path in files}, sentences
-
-
-def check_data(data_dir):
-    """For run_all.sh: "linzen" where those can be had, else "synthetic"; damaged files end it."""
-    data_dir = Path(data_dir)
+    number, sentences = 1, []
     try:
-        if not find_linzen(data_dir):
-            fetch_linzen(data_dir)
-    except common.UserError as error:
-        print(error, file=sys.stderr)
-    return load_sentences("auto", data_dir)[0]
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            names = file.readline().rstrip("\n").split("\t")
+            pick = operator.itemgetter(*(names.index(name) for name in COLUMNS))
+            for number, line in enumerate(file, 2):
+                text, verb, tag, nouns, others, distance = pick(line.rstrip("\n").split("\t"))
+                verb, plural = int(verb) - 1, ("VBZ", "VBP").index(tag) == 1
+                form, attractors = text.split()[verb], int(others) if nouns == others else -1
+                forms = (None, form) if plural else (form, None)
+                if form in ("VBZ", "VBP"):
+                    forms = "VBZ", "VBP"
+                if verb < 1:
+                    raise ValueError("no word before the verb")
+                sentences.append(
+                    Sentence(text, verb, plural, attractors, int(distance or -1), forms))
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+        sys.exit(f"error: {path}, line {number}: {error}; its columns must be {', '.join(COLUMNS)}")
+    return sentences
 
 
-def counterpart(verb, plural, vocabulary):
+def load_sentences(args):
+    """{"train", "validation", "test": [Sentence]}; sets args.data, args.files and args.available.
+
+    Of more than --examples real training sentences so many are drawn, the same for every run.
+    """
+    names = "train", "validation", "test"
+    files = [args.data_dir / f"{name}.tsv" for name in names]
+    if not files[0].exists():
+        files = [args.data_dir / TABLE]
+    if args.data == "linzen" and not files[0].exists():
+        print(f"fetching {URL}")
+        try:
+            args.data_dir.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, files[0])
+        except OSError as error:
+            sys.exit(f"error: {error}: put {TABLE} into {args.data_dir}, or use --data synthetic")
+    if args.data == "auto" and not files[0].exists():
+        args.data = "synthetic"
+        print(f"*** WARNING: no train.tsv or {TABLE} in {args.data_dir}: --data linzen fetches it."
+              "\n*** These are SYNTHETIC sentences: no figure of this run is about English.",
+              file=sys.stderr)
+    args.files, args.available = {}, SYNTHETIC_EXAMPLES
+    if args.data == "synthetic":
+        return synthetic_sentences(args.examples or SYNTHETIC_EXAMPLES)
+    args.data, args.files = "linzen", {path.name: path.stat().st_size for path in files}
+    tables = [read_table(path) for path in files]
+    if len(files) == 1:
+        random.Random(0).shuffle(tables[0])  # once; 10 % and 1 %, as in the paper
+        tenth, hundredth = len(tables[0]) // 10, len(tables[0]) // 100
+        tables = [tables[0][:tenth], tables[0][tenth:tenth + hundredth],
+                  tables[0][tenth + hundredth:]]
+    args.available = len(tables[0])
+    if args.examples and args.examples > args.available:
+        sys.exit(f"error: --examples: there are {args.available:,} training sentences")
+    if args.examples:
+        tables[0] = random.Random(0).sample(tables[0], args.examples)
+    return dict(zip(names, tables))
+
+
+def other_form(verb, plural, vocabulary):
     """The other number's form of `verb`, if it is in the vocabulary; else None."""
     irregular = {"is": "are", "has": "have", "was": "were", "does": "do"}
     if plural:
-        regular = [verb + "s", verb + "es", verb[:-1] + "ies"]
-        candidates = [singular for singular, form in irregular.items() if form == verb] or regular
+        irregular = {plural: singular for singular, plural in irregular.items()}
+        regular = verb + "s", verb + "es", verb[:-1] + "ies"
     else:
-        candidates = [irregular.get(verb, verb[:-1]), verb[:-2], verb[:-3] + "y"]
-    # A form of "'s" would be a quotation mark.
-    return next((form for form in candidates if form in vocabulary and form.isalpha()), None)
+        regular = verb[:-1], verb[:-2], verb[:-3] + "y"
+    for form in (irregular[verb],) if verb in irregular else regular:
+        if form in vocabulary and form.isalpha():  # a form of "'s" would be a quotation mark
+            return form
+    return None
 
 
-def tokens_of_forms(singular, plural, vocabulary):
-    """Tokens of a verb's two forms, of which one may be None; None where it isn't known."""
-    singular = singular or counterpart(plural, True, vocabulary)
-    plural = plural or counterpart(singular, False, vocabulary)
-    return vocabulary.get(singular), vocabulary.get(plural)
-
-
-# ---- Tensors: all sentences of a split end to end in one row of tokens ---------------------------
-
-
-class Split(NamedTuple):
-    """Sentences as tensors. All but `tokens` and `forms` are (sentences,) int64."""
-
-    tokens: torch.Tensor  # (words of all sentences,) int32
-    starts: torch.Tensor  # where a sentence begins in `tokens`
-    lengths: torch.Tensor
-    verb: torch.Tensor
-    labels: torch.Tensor  # 0 singular, 1 plural
-    attractors: torch.Tensor
-    distance: torch.Tensor
-    forms: torch.Tensor  # (sentences, 2): tokens of the verb's singular and plural
-
-    def take(self, indices):
-        """The sentences `indices` as a Split."""
-        return Split(self.tokens, *(column[indices] for column in self[1:]))
-
-    def to(self, device):
-        return Split(*(column.to(device) for column in self))
-
-    def padded(self, longest):
-        """(sentences, longest) int64 tokens, PAD on the right."""
-        position = torch.arange(longest, device=self.tokens.device)
-        inside = position < self.lengths[:, None]
-        return self.tokens[(self.starts[:, None] + position) * inside].long() * inside
-
-
-def make_vocabulary(sentences):
-    """{word: token number} of the most frequent words of the training sentences."""
-    counts = Counter(itertools.chain.from_iterable(s.text.split() for s in sentences))
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))[:VOCABULARY_SIZE]
-    return {word: number for number, word in enumerate(ranked, END + 1)}
+# ---- Tensors: a split is a dictionary of them, a row for each sentence, on the CPU ---------------
 
 
 def encode(sentences, vocabulary, objective):
-    """(Split, how many were left out: too long, or, for a language model, no other form known).
+    """The split of these sentences, without those too long, or, for a language model, those where
+    one form of the verb is unknown. A classifier reads the words before the verb; a language model
+    START, the whole sentence, END. answer_at: the last token before the verb."""
+    @functools.cache  # the verbs are few
+    def tokens_of_forms(singular, plural):
+        singular = singular or other_form(plural, True, vocabulary)
+        plural = plural or other_form(singular, False, vocabulary)
+        return vocabulary.get(singular, UNKNOWN), vocabulary.get(plural, UNKNOWN)
 
-    A classifier reads the words before the verb; a language model START, the whole sentence, END.
-    """
-    tokens, columns, left_out = array("i"), array("q"), 0
-    both_forms = {forms: tokens_of_forms(*forms, vocabulary)
-                  for forms in {sentence.forms for sentence in sentences}}  # few: once for each
+    rows, columns, lm = [], [], objective == "lm"
     for text, verb, plural, attractors, distance, forms in sentences:
-        words, forms, start = text.split(), both_forms[forms], len(tokens)
-        if len(words) > LONGEST_SENTENCE or (objective == "lm" and None in forms):
-            left_out += 1
+        words, forms = text.split(), tokens_of_forms(*forms)
+        if len(words) > LONGEST_SENTENCE or (lm and UNKNOWN in forms):
             continue
-        if objective == "lm":
-            tokens.append(START)
-            tokens.extend(vocabulary.get(word, UNKNOWN) for word in words)
-            tokens.append(END)
-        else:
-            tokens.extend(vocabulary.get(word, UNKNOWN) for word in words[:verb])
-        columns.extend((start, len(tokens) - start, verb, plural, attractors, distance,
-                        *(form or UNKNOWN for form in forms)))
-    columns = torch.from_numpy(np.array(columns, dtype=np.int64)).view(-1, 8)
-    tokens = torch.from_numpy(np.array(tokens, dtype=np.int32))
-    return Split(tokens, *columns[:, :6].T.contiguous(), columns[:, 6:].contiguous()), left_out
+        row = [vocabulary.get(word, UNKNOWN) for word in (words if lm else words[:verb])]
+        rows.append(np.array([START, *row, END] if lm else row, dtype=np.int16))
+        columns.append((len(rows[-1]), verb if lm else verb - 1, plural, attractors, distance,
+                        *forms))
+    if not rows:
+        sys.exit("error: no sentence is left: use more --examples")
+    tokens = np.full((len(rows), max(map(len, rows))), PAD, dtype=np.int16)
+    for padded, row in zip(tokens, rows):
+        padded[:len(row)] = row
+    lengths, answer_at, labels, attractors, distance, *forms = torch.tensor(columns).T
+    return {"tokens": torch.from_numpy(tokens), "lengths": lengths, "answer_at": answer_at,
+            "labels": labels, "attractors": attractors, "distance": distance,
+            "forms": torch.stack(forms, dim=1)}
 
 
-def make_data(sentences, objective, device):
-    """({"train", "validation", "test", "probe": Split} on `device`, sizes).
+def take(split, chosen):
+    return {name: column[chosen] for name, column in split.items()}
 
-    sentences: {"train", "validation", "test": [Sentence]}. probe: PROBE_SIZE test sentences.
+
+def load_data(args):
+    """{"train", "validation", "test", "probe": split}; sets args.tokens, how many there are.
+
+    The vocabulary is that of the training sentences. probe: at most 1,000 test sentences.
     """
-    vocabulary = make_vocabulary(sentences["train"])
-    data, sizes = {}, {"vocabulary": len(vocabulary), "left_out": 0}
-    for name, part in sentences.items():
-        data[name], left_out = encode(part, vocabulary, objective)
-        sizes["left_out"] += left_out
-        if len(data[name].lengths) == 0:
-            raise common.UserError(f"no sentence is left for {name}: use more --examples")
-    test_size = len(data["test"].lengths)
-    chosen = torch.randperm(test_size, generator=torch.Generator().manual_seed(0))[:PROBE_SIZE]
-    data["probe"] = data["test"].take(chosen)
-    sizes |= {name: len(split.lengths) for name, split in data.items()}
-    return {name: split.to(device) for name, split in data.items()}, sizes
+    sentences = load_sentences(args)
+    counts = Counter(word for sentence in sentences["train"] for word in sentence.text.split())
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))[:VOCABULARY_SIZE]
+    vocabulary = {word: number for number, word in enumerate(ranked, END + 1)}
+    args.tokens = len(vocabulary) + END + 1
+    data = {name: encode(part, vocabulary, args.objective) for name, part in sentences.items()}
+    chosen = torch.randperm(len(data["test"]["labels"]), generator=torch.Generator().manual_seed(0))
+    data["probe"] = take(data["test"], chosen[:1000])
+    return data
 
 
 def batches_by_length(lengths, batch_size, generator):
@@ -595,7 +383,6 @@ def batches_by_length(lengths, batch_size, generator):
     by length, which leaves little padding and much chance. What doesn't fill a batch is left out
     before the sorting: after it, it would always be the longest sentences.
     """
-    batch_size = min(batch_size, len(lengths))
     order = torch.randperm(len(lengths), generator=generator)
     order = order[:len(order) // batch_size * batch_size]
     window = torch.arange(len(order)) // (50 * batch_size)
@@ -604,329 +391,353 @@ def batches_by_length(lengths, batch_size, generator):
     return batches[torch.randperm(len(batches), generator=generator)]
 
 
+def questions(batch, answers):
+    """(tokens to read, where to answer in the flattened tokens, right answers) of a batch.
+
+    answers: a classifier's after the "last" word or after "every" word; a language model's "next"
+    words. On the CPU, so that a GPU never waits for the number of answers.
+    """
+    tokens = batch["tokens"][:, :batch["lengths"].max()].long()
+    right, asked = batch["labels"][:, None].expand_as(tokens), tokens != PAD
+    if answers == "next":
+        tokens, right, asked = tokens[:, :-1], tokens[:, 1:], asked[:, 1:]
+    elif answers == "last":
+        asked = torch.arange(tokens.shape[1]) == batch["answer_at"][:, None]
+    return tokens, asked.flatten().nonzero().squeeze(1), right[asked]
+
+
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def questions(batch, longest, words, objective, every_word=False):
-    """What a batch asks: (tokens to read, their lengths, where to answer, right answers).
-
-    A classifier answers once per sentence (where: None), or with every_word after each word that
-    it reads. A language model answers at each of the batch's words but the first. `where` (words,)
-    counts in the flattened tokens to read. longest, words: the longest length and the number of
-    answers; asking the tensors would make a GPU wait.
-    """
-    tokens, lengths = batch.padded(longest), batch.lengths
-    if objective == "classification" and not every_word:
-        return tokens, lengths, None, batch.labels
-    next_words = tokens[:, 1:].flatten()
-    if objective == "lm":
-        tokens, lengths = tokens[:, :-1], lengths - 1
-    row = torch.repeat_interleave(lengths, output_size=words)  # the sentence of each answer
-    column = torch.arange(words, device=row.device) - (lengths.cumsum(0) - lengths)[row]
-    where = row * tokens.shape[1] + column
-    if objective == "lm":
-        return tokens, lengths, where, next_words.index_select(0, where)
-    return tokens, lengths, where, batch.labels.index_select(0, row)
-
-
-def answer(model, tokens, lengths, where):
-    """Logits, float32: (sentences, 2), or for a language model (words, vocabulary)."""
-    if where is None:
-        return model.head(model.represent(tokens, lengths)).float()
-    states = model.states(tokens, lengths).flatten(0, 1)
-    return model.head(states.index_select(0, where)).float()
+def answer(model, tokens, where):
+    """Logits (len(where), 2), or for a language model (len(where), vocabulary), float32."""
+    return model.head(model.states(tokens).flatten(0, 1).index_select(0, where)).float()
 
 
 @torch.no_grad()
-def evaluate(model, split, objective, amp, keep_states=False):
-    """What `model` says of every sentence in eval mode, in the split's order, float32 on the CPU.
+def evaluate(model, split, objective, amp, device):
+    """(logits (sentences, 2) of singular and plural, mean loss), in eval mode, float32, on the CPU.
 
-    Returns logits (sentences, 2) of singular and plural (for a language model log-probabilities
-    of the verb's two forms), the states they were read from (sentences, width; None unless kept:
-    those of the official test take a gigabyte) and the perplexity per word (None for a classifier).
+    For a language model: log-probabilities of the verb's two forms, and the loss of all words.
     """
     model.eval()
-    device = split.tokens.device
-    logits, states, losses, words = [], [], [], 0
-    order = split.lengths.cpu().argsort(stable=True)
+    logits, losses = [], []
+    order = split["lengths"].argsort(stable=True)
     for part in order.split(64):  # small, so that few sentences need little padding
-        batch = split.take(part.to(device))
-        longest, answers = int(batch.lengths.max()), int(batch.lengths.sum()) - len(part)
-        tokens, lengths, where, labels = questions(batch, longest, answers, objective)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            if objective == "lm":
-                all_states = model.states(tokens, lengths)
-                said = model.head(all_states.flatten(0, 1).index_select(0, where)).float()
-                losses.append(F.cross_entropy(said, labels, reduction="sum"))
-                words += len(labels)
-                state = state_at(all_states, batch.verb)
-                log_probabilities = model.head(state).float().log_softmax(dim=1)
-                logits.append(log_probabilities.gather(1, batch.forms))
-            else:
-                state = model.represent(tokens, lengths)
-                logits.append(model.head(state).float())
-        if keep_states:
-            states.append(state.float())
-    back = order.argsort()
-    states = torch.cat(states).cpu()[back] if keep_states else None
-    perplexity = None
-    if objective == "lm":
-        mean_loss = torch.tensor(sum(torch.stack(losses).tolist()) / words)
-        perplexity = mean_loss.exp().item()  # infinite, not an error, where training diverged
-    return torch.cat(logits).cpu()[back], states, perplexity
+        batch = take(split, part)
+        tokens, where, right = questions(batch, "next" if objective == "lm" else "last")
+        verb = torch.arange(len(part)) * tokens.shape[1] + batch["answer_at"]
+        asked = torch.cat([where, verb]).to(device)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            words, verbs = answer(model, tokens.to(device), asked).split([len(where), len(verb)])
+        losses.append(F.cross_entropy(words, right.to(device), reduction="none"))
+        if objective == "lm":
+            verbs = verbs.log_softmax(dim=1).gather(1, batch["forms"].to(device))
+        logits.append(verbs.cpu())
+    return torch.cat(logits)[order.argsort()], torch.cat(losses).mean().item()
 
 
-def agreement_metrics(logits, labels, attractors, distance):
-    """Accuracy (micro), A-accuracy, D-accuracy (0..1) and the groups behind them, ECE, NLL, n.
+@torch.no_grad()
+def represent(model, split, amp, device):
+    """States (sentences, width) that the verb's number is read from, in eval mode, on the CPU."""
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        states = model.states(split["tokens"].long().to(device))
+    return states[torch.arange(len(states)), split["answer_at"]].float().cpu()
 
-    Abnar et al. 2020, sec. 3.1: A-accuracy is the mean of the accuracies at 0, 1, 2, 3 and 4 or
-    more attractors, D-accuracy that over distances 1..16. Groups without a sentence are left out;
-    None where all are unknown.
+
+@torch.no_grad()
+def answer_every_word(model, split, amp, device):
+    """A classifier's logits after every word, (sentences, longest, 2), in eval mode, on the CPU."""
+    model.eval()
+    logits = torch.zeros(*split["tokens"].shape, 2)
+    for part in split["lengths"].argsort(stable=True).split(64):
+        tokens = split["tokens"][part, :split["lengths"][part].max()].long().to(device)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            logits[part, :tokens.shape[1]] = model.head(model.states(tokens)).float().cpu()
+    return logits
+
+
+def test_all(model, data, objective, amp, device):
+    """({"test": metrics}, {"test_logits", "test_labels": tensor}).
+
+    A-accuracy (Abnar et al. 2020, sec. 3.1) is the mean of the accuracies at 0, 1, 2, 3 and 4 or
+    more attractors, D-accuracy that over distances 1..16; None where they are unknown.
     """
-    correct = (logits.argmax(dim=1) == labels).double()
+    split = data["test"]
+    logits, loss = evaluate(model, split, objective, amp, device)
+    correct = (logits.argmax(dim=1) == split["labels"]).double()
 
-    def by_group(groups, first, last):
-        return {str(group): correct[groups == group].mean().item()
-                for group in range(first, last + 1) if (groups == group).any()}
+    def by_group(groups, values):  # without those that no sentence is in
+        return {str(k): correct[groups == k].mean().item() for k in values if (groups == k).any()}
 
-    by_attractors = by_group(attractors.clamp(max=MOST_ATTRACTORS), 0, MOST_ATTRACTORS)
-    by_distance = by_group(distance, 1, LONGEST_DISTANCE)
-    return {
-        **common.classification_metrics(logits, labels),
-        "a_accuracy": statistics.fmean(by_attractors.values()) if by_attractors else None,
-        "d_accuracy": statistics.fmean(by_distance.values()) if by_distance else None,
-        "accuracy_by_attractors": by_attractors or None,
-        "accuracy_by_distance": by_distance or None,
-    }
-
-
-def test_all(model, data, objective, amp):
-    """({"test": metrics}, {"test_logits", "test_labels", ...: tensor})."""
-    split = data["test"].to("cpu")
-    logits, _, perplexity = evaluate(model, data["test"], objective, amp)
-    metrics = agreement_metrics(logits, split.labels, split.attractors, split.distance)
+    by_attractors = by_group(split["attractors"].clamp(max=4), range(5))
+    by_distance = by_group(split["distance"], range(1, 17))
+    metrics = {**common.classification_metrics(logits, split["labels"]),
+               "a_accuracy": statistics.fmean(by_attractors.values()) if by_attractors else None,
+               "d_accuracy": statistics.fmean(by_distance.values()) if by_distance else None,
+               "accuracy_by_attractors": by_attractors}
     if objective == "lm":
-        metrics["perplexity"] = perplexity
-    outputs = {"test_logits": logits, "test_labels": split.labels,
-               "test_attractors": split.attractors, "test_distance": split.distance}
-    return {"test": metrics}, outputs
+        metrics["perplexity"] = torch.tensor(loss).exp().item()  # infinite where it diverged
+    return {"test": metrics}, {"test_logits": logits, "test_labels": split["labels"]}
 
 
-def run(config, data, sizes, args, force=False):
-    """Train, test and save what `config` describes; return its record, as in run.json.
+def reads_both_ways(*names):
+    """Whether a state of one of these models depends on later words too."""
+    return not all(MODELS[name](END + 1, 2).causal for name in names)
 
-    A finished run of this configuration is not repeated, unless `force`. The teacher of offline
-    distillation is such a run too: it is loaded, or trained first. sizes: as from make_data.
+
+def configure(args, **changes):
+    """(folder, configuration) of the run that `args` describe, with some changes.
+
+    Results depend on the configuration alone; device and precision are no part of it. The folder's
+    name has each flag that is not at its default, so runs never collide.
     """
-    directory = run_directory(config, args)
-    record = common.finished_run(directory, config, force)
-    if record is not None:
-        if not args.quiet:
-            print(f"{directory} is finished already; --force repeats the student's run")
+    args = argparse.Namespace(**vars(args) | changes)
+    examples = args.examples or args.available
+    config = {"task": "sva", "objective": args.objective, "data": args.data, "files": args.files,
+              "examples": args.available, "student": args.student, "seed": args.seed,
+              "kd": args.kd}
+    name, models = args.student, {"": args.student}
+    if args.kd:
+        name = f"{args.teacher}-to-{args.student}" + {"offline": ""}.get(args.kd, f"-{args.kd}")
+        models["teacher_"] = args.teacher
+        config |= {"teacher": args.teacher, "teacher_seed": args.seed + 1,
+                   "temperature": TEMPERATURE[args.objective], "alpha": 1.0}
+    config["answers"] = "every" if args.kd and not reads_both_ways(*models.values()) else "last"
+    if args.objective == "lm":
+        config["answers"] = "next"
+    for role, model in models.items():
+        kind = "lstm" if model.startswith("lstm") else "transformer"
+        recipe = {"epochs": min(MOST_EPOCHS, max(2, SENTENCES_READ // examples)),
+                  **RECIPES[args.objective, kind]}
+        config |= {role + key: value for key, value in recipe.items()}
+    if args.kd == "online":  # the teacher learns in the student's batches
+        del config["teacher_epochs"], config["teacher_batch_size"]
+    for flag in ("examples", "epochs", "batch_size", "lr", "temperature", "alpha", "teacher_seed",
+                 "answers"):
+        value = getattr(args, flag)
+        keys = [key for key in (flag, f"teacher_{flag}") if key in config]
+        if value is not None and any(config[key] != value for key in keys):
+            config |= dict.fromkeys(keys, value)
+            name += f"-{value}" if flag == "answers" else f"-{flag.replace('_', '-')}{value:.10g}"
+    root = f"sva-lm-{args.data}" if args.objective == "lm" else f"sva-{args.data}"
+    return args.out / root / name / f"seed{args.seed}", config
+
+
+def relatives(args):
+    """The runs to compare with, as "<run name>/seed<k>"; plain: one of each kind of model."""
+    def path(**changes):
+        return "/".join(configure(args, **changes)[0].parts[-2:])
+
+    plain = {"kd": None, "answers": None}
+    found = {"plain": {model: path(student=model, **plain) for model in MODELS}}
+    if args.kd:
+        found |= {"untaught": path(**plain), "self_taught": path(teacher=args.student),
+                  "permuted": path(kd="permuted")}
+    if args.kd in ("offline", "permuted"):
+        found["teacher"] = path(student=args.teacher, seed=args.teacher_seed, **plain)
+    return found
+
+
+def train(args, data):
+    """Train, test and save the run that `args` describe, unless that is done; returns its record.
+
+    The teacher of offline distillation is such a run too: it is loaded, or trained first.
+    """
+    (folder, config), device, kd = configure(args), args.device, args.kd
+    record = common.find_run(folder, config)
+    if record:
+        print(f"{folder} is finished: delete it to repeat it")
         return record
-    device, online, offline = args.device, config["kd"] == "online", config["kd"] == "offline"
-    objective, vocabulary = config["objective"], sizes["vocabulary"]
-    every_word = objective == "lm" or config.get("every_word", False)
+    objective, answers, split = args.objective, config["answers"], data["train"]
 
-    if offline:
-        teacher_config = plain_config(args.teacher, args.teacher_seed, config["data"], args)
-        teacher_metrics = run(teacher_config, data, sizes, args)["metrics"]
-        teacher = build_model(config["teacher"], 0, vocabulary, objective, device)
-        common.load_weights(teacher, run_directory(teacher_config, args))
-        teacher.eval().requires_grad_(False)
-        if not every_word:
-            # Neither the teacher nor the sentences change: it is asked once for each sentence.
-            # For answers after every word it is asked in each batch: those of a language model
-            # would not fit.
-            teacher_logits = evaluate(teacher, data["train"], objective, args.amp)[0].to(device)
+    if kd:
+        teacher = build_model(args.teacher, args.teacher_seed, args.tokens, objective, device)
+    if kd in ("offline", "permuted"):
+        plain = {"student": args.teacher, "seed": args.teacher_seed, "kd": None, "answers": None}
+        teacher_metrics = train(argparse.Namespace(**vars(args) | plain), data)["metrics"]
+        common.load_weights(teacher, configure(args, **plain)[0]).eval().requires_grad_(False)
+        if objective == "classification":  # nothing of it changes: it is asked once for each word
+            split = split | {"soft": answer_every_word(teacher, split, args.amp, device)}
+    if kd == "permuted":
+        torch.manual_seed(args.seed)
+        _, where, right = questions(split, answers)
+        soft = split["soft"].view(-1, 2)
+        for label in (0, 1):
+            own = where[right == label]  # the answers in sentences of this label
+            soft[own] = soft[own[torch.randperm(len(own))]]
 
     # The student and, online, the teacher that learns beside it: a parameter group for each.
-    student = build_model(config["student"], config["seed"], vocabulary, objective, device)
-    groups = [{"params": list(student.parameters()), "lr": config["lr"],
-               "weight_decay": config["weight_decay"]}]
-    if online:
-        seed = config["teacher_seed"]
-        teacher = build_model(config["teacher"], seed, vocabulary, objective, device)
-        groups.append({"params": list(teacher.parameters()), "lr": config["teacher_lr"],
-                       "weight_decay": config["teacher_weight_decay"]})
-
-    split, lengths = data["train"], data["train"].lengths.cpu()
-    steps = max(1, len(lengths) // config["batch_size"])
-    optimizer = torch.optim.AdamW(groups, fused=device.type != "mps")
+    student = build_model(args.student, args.seed, args.tokens, objective, device)
+    learners = {"": student, "teacher_": teacher} if kd == "online" else {"": student}
+    groups = [{"params": list(model.parameters()), "lr": config[f"{role}lr"],
+               "weight_decay": config[f"{role}weight_decay"]} for role, model in learners.items()]
+    lengths, epochs = split["lengths"], config["epochs"]
+    batch_size = min(config["batch_size"], len(lengths))
+    steps = len(lengths) // batch_size
+    optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=[group["lr"] for group in groups], pct_start=0.25,
-        total_steps=max(config["epochs"] * steps, 5))  # it divides by zero below 5
+        total_steps=max(epochs * steps, 5))  # it divides by zero below 5
 
-    if not args.quiet:
-        print(f"\n{common.run_name(config)}, seed {config['seed']}: {count_parameters(student):,} "
-              f"parameters, {config['epochs']} epochs of {len(lengths):,} sentences "
-              f"in batches of {config['batch_size']}")
-    progress = common.Progress(config["epochs"], args.quiet)
-    history = []
-    snapshots = {0: evaluate(student, data["probe"], objective, args.amp, keep_states=True)[1]}
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    print(f"\n{folder}: {parameters:,} parameters, {epochs} epochs of {steps} batches")
+    history, begin = [], time.perf_counter()
+    snapshots = {0: represent(student, data["probe"], args.amp, device)}
     # Dropout and the order of the batches depend on the seed alone: twins see the same batches.
-    torch.manual_seed(config["seed"])
-    order = torch.Generator().manual_seed(config["seed"])
-
-    for epoch in range(1, config["epochs"] + 1):
+    torch.manual_seed(args.seed)
+    order = torch.Generator().manual_seed(args.seed)
+    for epoch in range(1, epochs + 1):
         start, total_loss = time.perf_counter(), 0.0
         student.train()
-        batches = batches_by_length(lengths, config["batch_size"], order)
-        longest = lengths[batches].amax(dim=1).tolist()
-        words = (lengths[batches] - int(objective == "lm")).sum(dim=1).tolist()
-        for step, batch in enumerate(batches.to(device), 1):
-            tokens, read, where, labels = questions(
-                split.take(batch), longest[step - 1], words[step - 1], objective, every_word)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                logits = answer(student, tokens, read, where)
-                if online or (offline and every_word):
-                    soft = answer(teacher, tokens, read, where)
-            if offline and not every_word:
-                soft = teacher_logits.index_select(0, batch)
-
-            if config["kd"] is None:
-                loss = F.cross_entropy(logits, labels)
-            else:
-                loss = common.kd_loss(logits, soft, labels, config["temperature"], config["alpha"])
-            if online:  # reaches the teacher alone, as the KD loss reaches the student alone
-                loss = loss + F.cross_entropy(soft, labels)
-
+        for step, batch in enumerate(batches_by_length(lengths, batch_size, order), 1):
             optimizer.zero_grad()
-            loss.backward()
+            parts, words = 1, int(lengths[batch].sum()) - batch_size  # that a language model says
+            if objective == "lm":  # where they are many, the gradients of parts are added up
+                parts = math.ceil(words / WORDS_AT_ONCE)
+            for part in batch.chunk(parts):
+                sentences = take(split, part)
+                x, where, y = (tensor.to(device) for tensor in questions(sentences, answers))
+                with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
+                    logits = answer(student, x, where)
+                    if kd == "online" or (kd and objective == "lm"):
+                        soft = answer(teacher, x, where)
+                if "soft" in split:
+                    soft = sentences["soft"][:, :x.shape[1]].flatten(0, 1).to(device)[where]
+
+                if kd:
+                    loss = common.kd_loss(logits, soft, y, config["temperature"], config["alpha"])
+                else:
+                    loss = F.cross_entropy(logits, y)
+                if kd == "online":  # reaches the teacher alone, as the KD loss the student alone
+                    loss = loss + F.cross_entropy(soft, y)
+                if parts > 1:
+                    loss = loss * len(y) / words
+                loss.backward()
+                total_loss += loss.detach()  # no .item(): a GPU would wait for it in every step
             for group in groups:
                 nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimizer.step()
             schedule.step()
-            total_loss += loss.detach()  # no .item(): a GPU would wait for it in every step
-            progress.step(epoch, step, steps)
+            if step % 20 == 0 and sys.stdout.isatty():
+                print(f"epoch {epoch}/{epochs}  batch {step}/{steps}", end="\r", flush=True)
 
-        mean_loss = float(total_loss) / steps
-        seconds = time.perf_counter() - start
-        if not mean_loss < float("inf"):
-            raise common.UserError(f"the loss is {mean_loss} in epoch {epoch}: nothing is kept; "
-                                   "try a lower --lr")
-        predictions = evaluate(student, data["validation"], objective, args.amp)[0].argmax(dim=1)
-        accuracy = (predictions == data["validation"].labels.cpu()).float().mean().item()
-        history.append({"epoch": epoch, "loss": mean_loss, "validation_accuracy": accuracy,
-                        "seconds": seconds})
-        progress.epoch(epoch, mean_loss, accuracy, seconds)
-        if epoch & (epoch - 1) == 0 or epoch == config["epochs"]:  # 1, 2, 4, 8 ... and the last
-            snapshots[epoch] = evaluate(student, data["probe"], objective, args.amp,
-                                        keep_states=True)[1]
+        mean_loss, seconds = float(total_loss) / steps, time.perf_counter() - start
+        if not math.isfinite(mean_loss):
+            sys.exit(f"error: the loss is {mean_loss} in epoch {epoch}: try a lower --lr")
+        logits, _ = evaluate(student, data["validation"], objective, args.amp, device)
+        right = logits.argmax(dim=1) == data["validation"]["labels"]
+        history.append({"epoch": epoch, "loss": mean_loss, "seconds": seconds,
+                        "validation_accuracy": right.float().mean().item()})
+        if epoch & (epoch - 1) == 0 or epoch == epochs:  # 1, 2, 4, 8 ... and the last
+            snapshots[epoch] = represent(student, data["probe"], args.amp, device)
+        left = (time.perf_counter() - begin) / epoch * (epochs - epoch)
+        print(f"epoch {epoch}/{epochs}  loss {mean_loss:.4f}  validation accuracy "
+              f"{history[-1]['validation_accuracy']:.4f}  {left:.0f} s left", flush=True)
 
-    metrics, outputs = test_all(student, data, objective, args.amp)
+    metrics, outputs = test_all(student, data, objective, args.amp, device)
     outputs |= {"probe_epochs": list(snapshots),
                 "probe_representations": torch.stack(list(snapshots.values()))}
-    seconds = sum(entry["seconds"] for entry in history)
+    code = Path(__file__).read_bytes() + Path(common.__file__).read_bytes()
+    sizes = {name: len(part["labels"]) for name, part in data.items()}
     record = {
-        "config": config,
-        "data": {"source": config["data"], "files": list(args.bytes), **sizes},
-        "environment": common.describe_environment(device, precision(config, args)),
-        "parameters": {"student": count_parameters(student)},
-        "history": history,
-        "metrics": metrics,
-        "timing": {"training": seconds,
-                   "tokens_per_second": config["epochs"] * int(lengths.sum()) / seconds},
-    }
-    if online:
-        teacher_metrics, _ = test_all(teacher, data, objective, args.amp)
-    if config["kd"]:
+        "config": config, **relatives(args),
+        "environment": {"command": shlex.join(sys.argv), "torch": torch.__version__,
+                        "device": str(device), "precision": "bfloat16" if args.amp else "float32",
+                        "code": hashlib.sha256(code).hexdigest()[:8]},
+        "sizes": sizes | {"tokens": args.tokens, "parameters": parameters},
+        "history": history, "metrics": metrics}
+    if kd == "online":
+        teacher_metrics, _ = test_all(teacher, data, objective, args.amp, device)
+    if kd:
         record["teacher_metrics"] = teacher_metrics
-        record["parameters"]["teacher"] = count_parameters(teacher)
-    common.save_run(directory, record, outputs, student.state_dict(), force)
-    if not args.quiet:
-        print(f"written to {directory}")
+    common.save_run(folder, record, outputs, student)
     return record
-
-
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 # ---- Command line --------------------------------------------------------------------------------
 
 
-def parse_arguments(argv):
-    parser = common.make_parser(__doc__)
-    common.add_shared_arguments(parser, list(MODELS), "transformer-seq", "2, language models 1")
-    parser.add_argument("--objective", choices=["classification", "lm"], default="classification",
-                        help="the verb's number from the words before it, or the next word")
-    parser.add_argument("--data", choices=["auto", "linzen", "synthetic"], default="auto",
-                        help="linzen: real sentences, fetched if they aren't in --data-dir; "
-                             "auto: those in --data-dir, else sentences of a grammar")
-    parser.add_argument("--examples", type=common.number(int, 50, 1_000_000),
-                        help="training sentences (default: all real ones, 10,000 synthetic ones); "
-                             "above 20,000 the default epochs are 240,000 / examples, at least 2")
-    parser.add_argument("--every-word", action="store_true",
-                        help="classifiers: an answer after every word, not only after the last")
+def print_results(args, record):
+    """Test metrics of the student and, after distillation, of its teacher and untaught twin."""
+    rows = {"student": record["metrics"]}
+    if args.kd:
+        twin = common.find_run(*configure(args, kd=None, answers=None)) or {"metrics": None}
+        rows = {"teacher": record["teacher_metrics"], "untaught twin": twin["metrics"], **rows}
+    names = [name for name, value in record["metrics"]["test"].items() if isinstance(value, float)]
+    print(f"\n{'test':<16}" + "".join(f"{name:<12}" for name in names))
+    for role, tests in rows.items():
+        cells = [f"{tests['test'][name] or math.nan:.4f}" for name in names] if tests else [
+            "not there yet: the same command without --kd and its flags"]
+        print(f"{role:<16}" + "".join(f"{cell:<12}" for cell in cells))
+    print(f"all in {configure(args)[0]}")
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [flags], see --help",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--student", choices=MODELS, default="transformer-seq", help="model to train")
+    add("--teacher", choices=MODELS, help="model to learn from (default: the student's kind)")
+    add("--kd", nargs="?", const="offline", choices=["offline", "online", "permuted"],
+        help="distil: from a trained teacher (plain --kd); online: both are trained together; "
+             "permuted: as offline, the soft labels permuted among the answers of one label")
+    add("--objective", choices=["classification", "lm"], default="classification",
+        help="the verb's number from the words before it, or the next word")
+    add("--answers", choices=["last", "every"], help="classifiers learn from an answer after the "
+        "last word before the verb, or after every word (default: every with --kd, else last)")
+    add("--temperature", type=float, help="softens both outputs (default: 2, language models 1)")
+    add("--alpha", type=float, help="share of the KD loss, the rest: cross-entropy (default: 1)")
+    for flag, kind in (("--epochs", int), ("--batch-size", int), ("--lr", float)):
+        add(flag, type=kind, help="for student and teacher (default: each model's recipe)")
+    add("--seed", type=int, default=0, help="initialisation, order of the batches, dropout")
+    add("--teacher-seed", type=int, help="(default: seed + 1)")
+    add("--data", choices=["auto", "linzen", "synthetic"], default="auto",
+        help="linzen: real sentences, fetched if --data-dir has none; auto: those in --data-dir, "
+             "else sentences of a grammar")
+    add("--examples", type=int, help="training sentences (default: all, or 750 synthetic ones)")
+    add("--data-dir", type=Path, default="data", help="where the sentences are or are fetched to")
+    add("--out", type=Path, default="runs", help="folder for runs")
+    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, on CPUs",
+        default=torch.cpu._is_avx512_bf16_supported())
     args = parser.parse_args(argv)
-    common.check_shared_arguments(parser, args, TEMPERATURE[args.objective])
-    if args.objective == "lm" and "transformer" in (args.student, args.teacher):
-        parser.error("transformer sees the words it would have to predict: "
-                     "--objective lm needs transformer-seq, ut-seq or lstm")
-    if args.every_word and "transformer" in (args.student, args.teacher):
-        parser.error("transformer reads both ways: --every-word needs transformer-seq, ut-seq or "
-                     "lstm")
-    if args.every_word and args.objective == "lm":
-        parser.error("--every-word is for classifiers: language models always do so")
+
+    for flag in ("teacher", "teacher_seed", "temperature", "alpha"):
+        if getattr(args, flag) is not None and not args.kd:
+            parser.error(f"--{flag.replace('_', '-')} has no effect without --kd")
+    for flag, least in (("epochs", 1), ("batch_size", 1), ("examples", 50), ("lr", 1e-9),
+                        ("temperature", 1e-3), ("alpha", 0)):
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
+    args.teacher = args.teacher or args.student
+    args.teacher_seed = args.seed + 1 if args.teacher_seed is None else args.teacher_seed
+    if args.teacher_seed == args.seed:
+        parser.error("--teacher-seed must not be the student's own")
+    if args.objective == "lm" and (args.answers or args.kd == "permuted"):
+        parser.error("--answers and --kd permuted are for classifiers")
+    if args.objective == "lm" or args.answers == "every":
+        for model in (args.student, args.teacher):
+            if reads_both_ways(model):
+                parser.error(f"{model} reads both ways, so it can't answer after every word")
+    try:
+        torch.empty(1, device=args.device)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, AssertionError, OSError) as error:
+        parser.error(f"--device or --out: {str(error).splitlines()[0]}")
+    args.amp = args.amp and args.device.type == "cpu"  # GPUs have TF32
     return args
-
-
-def plain_config(model, seed, source, args):
-    """The configuration of a run without distillation: all that its results depend on.
-
-    Two runs with equal configurations are the same run. Device and precision are not part of it.
-    Real sentences are told apart by the sizes of their files.
-    """
-    kind = "lstm" if model.startswith("lstm") else "transformer"
-    recipe = dict(RECIPES[args.objective][kind])
-    recipe["epochs"] = min(recipe["epochs"], max(2, 240_000 // args.examples))
-    recipe = {key: getattr(args, key, None) or value for key, value in recipe.items()}
-    config = {"task": "sva", "objective": args.objective, "data": source,
-              "examples": args.examples}
-    if source == "linzen":
-        config["bytes"] = args.bytes
-    return config | {"student": model, "seed": seed, "kd": None, **recipe}
-
-
-def run_directory(config, args):
-    root = "sva-lm" if config["objective"] == "lm" else "sva"
-    name = f"{root}-{config['data']}"
-    return args.out / name / common.run_name(config) / f"seed{config['seed']}"
-
-
-def precision(config, args):
-    if not args.amp:
-        return "float32"
-    lstm = any("lstm" in str(config.get(role)) for role in ("student", "teacher"))
-    return "bfloat16, LSTM layers float32" if args.device.type == "cuda" and lstm else "bfloat16"
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    args.device = common.choose_device(args.device)
-    args.amp = common.has_bfloat16(args.device) if args.amp is None else args.amp
-    args.out.mkdir(parents=True, exist_ok=True)
-    source, args.bytes, sentences = load_sentences(args.data, args.data_dir, args.examples)
-    args.examples = len(sentences["train"])
-    data, sizes = make_data(sentences, args.objective, args.device)
-    del sentences  # those of the official table take a gigabyte
-    if not args.quiet:
-        print(f"device: {args.device}, {'bfloat16' if args.amp else 'float32'}\ndata: {source}, "
-              + ", ".join(f"{size:,} {name}" for name, size in sizes.items()))
-
-    config = plain_config(args.student, args.seed, source, args)
-    if args.kd:
-        teacher = plain_config(args.teacher, args.teacher_seed, source, args)
-        config = common.taught_config(config, teacher, args)
-    if args.every_word:  # of the student alone: its teacher is the plain run
-        config["every_word"] = True
-    record = run(config, data, sizes, args, args.force)
-    if not args.quiet:
-        common.print_table(record, run_directory(config, args), {
-            "accuracy": "accuracy", "a_accuracy": "A-accuracy", "d_accuracy": "D-accuracy",
-            "ece": "ECE", "nll": "NLL", "perplexity": "perplexity"})
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs
+    data = load_data(args)
+    print(f"{args.data}, {len(data['train']['labels']):,} training sentences, {args.tokens:,} tokens, "
+          f"on {args.device}")
+    print_results(args, train(args, data))
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    main()
