@@ -3,11 +3,14 @@
 Metrics compute in double precision, so they want tensors on the CPU.
 """
 
+import hashlib
 import json
 import math
+import shlex
 import shutil
 import sys
 import uuid
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -140,6 +143,31 @@ def find_run(folder, config):
             sys.exit(f"error: {folder} is another run, its {key} is {found.get(key)}, not "
                      f"{config.get(key)}: choose another --out, or delete it")
     return record
+
+
+def apply_flags(args, config, flags):
+    """(run name, configuration) with the flags that are not at their default, as in `config`.
+
+    They enter both, so runs never collide: cnn-to-mlp-temperature5, mlp-epochs40-lr0.05.
+    """
+    name, config = args.student, dict(config)
+    if args.kd:
+        name = f"{args.teacher}-to-{args.student}"
+        name += "" if args.kd == "offline" else f"-{args.kd}"
+    for flag in flags:
+        value, keys = getattr(args, flag), {flag, f"teacher_{flag}"} & set(config)
+        if value is not None and any(config[key] != value for key in keys):
+            config |= dict.fromkeys(keys, value)
+            name += f"-{value}" if flag == "answers" else f"-{flag.replace('_', '-')}{value:.10g}"
+    return name, config
+
+
+def environment(args, script):
+    """What made a run, for run.json; `code` is a hash of the script and this file."""
+    code = Path(script).read_bytes() + Path(__file__).read_bytes()
+    return {"command": shlex.join(sys.argv), "torch": torch.__version__, "device": str(args.device),
+            "precision": "bfloat16" if args.amp else "float32",
+            "code": hashlib.sha256(code).hexdigest()[:8]}
 
 
 def save_run(folder, record, outputs, model):

@@ -11,9 +11,7 @@ here). After Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 """
 
 import argparse
-import hashlib
 import math
-import shlex
 import socket
 import sys
 import time
@@ -28,11 +26,9 @@ import torch.nn.functional as F
 import common
 
 # One recipe for all setups of a model. Chosen on the validation digits, also scaled and translated,
-# three seeds. The epochs are for all digits: fewer get more epochs, so that the steps stay as many.
-RECIPES = {
-    "mlp": {"epochs": 24, "batch_size": 512, "lr": 0.4, "weight_decay": 5e-4},
-    "cnn": {"epochs": 6, "batch_size": 256, "lr": 0.1, "weight_decay": 5e-4},
-}
+# three seeds. Epochs for all digits: n times fewer get sqrt(n) times as many.
+RECIPES = {"mlp": {"epochs": 24, "batch_size": 512, "lr": 0.4, "weight_decay": 5e-4},
+           "cnn": {"epochs": 6, "batch_size": 256, "lr": 0.1, "weight_decay": 5e-4}}
 TEMPERATURE = 20.0
 EXAMPLES = 60_000
 TESTS = ("test", "scaled", "translated")
@@ -56,10 +52,9 @@ def mlp():
 
 
 def cnn():
-    """A maximum over all positions forgets where a digit stands and, as it counts none, how large.
+    """A maximum over all positions forgets where a digit stands and how large it is.
 
-    Padding lets every position see the same filters; averages of windows that overlap hide the
-    sampling grid.
+    Padding lets every position see the same filters; windows that overlap hide the sampling grid.
     """
     return network(
         nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.AvgPool2d(4, 2, 1), nn.BatchNorm2d(16),
@@ -75,9 +70,7 @@ MODELS = {"mlp": mlp, "cnn": cnn}
 def build_model(name, seed, device):
     """A new model whose initial weights depend on (name, seed) alone."""
     torch.manual_seed(seed)
-    # Channels-last convolutions are 1.5 times as fast on the CPU; MPS doesn't have them all.
-    layout = torch.preserve_format if device.type == "mps" else torch.channels_last
-    return MODELS[name]().to(device, memory_format=layout)
+    return MODELS[name]().to(device, memory_format=torch.channels_last)  # 1.5 times as fast on CPUs
 
 
 def to_input(images):
@@ -89,26 +82,25 @@ def to_input(images):
 # ---- Data: images are grey levels 0..255, (n, 28, 28); labels are (n,) int64 ---------------------
 
 
-def warp(images, theta, bends=0.0):
-    """Images, sampled where the affine maps theta (n, 2, 3), plus bends, lead; zeros outside.
+def warp(images, theta):
+    """Images, sampled (bilinear, zeros outside) where the affine maps theta (n, 2, 3) lead.
 
-    Bilinear, not rounded to whole grey levels; images of any size -> (n, 28, 28) float32.
+    Images of any size -> (n, 28, 28) float32, not rounded to whole grey levels.
     """
-    grid = F.affine_grid(theta, (len(images), 1, 28, 28), align_corners=False) + bends
+    grid = F.affine_grid(theta, (len(images), 1, 28, 28), align_corners=False)
     return F.grid_sample(images.float().unsqueeze(1), grid, align_corners=False).squeeze(1)
 
 
 def synthetic_digits(n, seed):
     """`n` digits drawn here: images (n, 28, 28) uint8, labels (n,) int64, the same for one seed.
 
-    Glyphs of Pillow's font, each with its own size, slant, rotation, bends and thickness, off
-    centre by at most a pixel, as MNIST's are.
+    Glyphs of Pillow's font, each with its own size, slant, rotation, place and thickness.
     """
     from PIL import Image, ImageDraw, ImageFilter, ImageFont  # comes with torchvision
 
-    glyphs = []
+    glyphs, font = [], ImageFont.load_default(size=62)
     for digit in "0123456789":
-        image, font = Image.new("L", (64, 64)), ImageFont.load_default(size=62)
+        image = Image.new("L", (64, 64))
         ImageDraw.Draw(image).text((32, 32), digit, fill=255, font=font, anchor="mm")
         glyphs.append(np.array(image.filter(ImageFilter.GaussianBlur(2.5))))
     glyphs = torch.from_numpy(np.stack(glyphs)) / 255
@@ -117,63 +109,58 @@ def synthetic_digits(n, seed):
     def noise(*shape):
         return 2 * torch.rand(*shape, generator=generator) - 1
 
-    def smooth(field):  # (m, channels, few, few) -> (m, 28, 28, channels)
-        field = F.interpolate(field, size=(28, 28), mode="bicubic", align_corners=True)
-        return field.permute(0, 2, 3, 1)
-
     # Where a pixel looks in its glyph: an affine map, each entry with its own range.
     centre = torch.tensor([[1.35, -0.2, 0], [0, 1.03, 0]])
-    spread = torch.tensor([[0.35, 0.6, 1 / 14], [0.15, 0.13, 1 / 14]])
+    spread = torch.tensor([[0.35, 0.6, 2 / 14], [0.35, 0.23, 2 / 14]])  # 1 / 14: a pixel
     labels, images = torch.randint(0, 10, (n,), generator=generator), []
     for part in labels.split(2000):  # keeps the intermediate tensors small
         m = len(part)
-        bends = 0.12 * noise(m, 2, 4, 4)
-        bends -= bends[:, :, 1:3, 1:3].mean(dim=(2, 3), keepdim=True)  # the centre stays
-        blurred = warp(glyphs[part], centre + spread * noise(m, 2, 3), smooth(bends))
+        blurred = warp(glyphs[part], centre + spread * noise(m, 2, 3))
         # The lower the threshold on the blurred glyph, the thicker the stroke. It varies with the
         # pressure of the pen, down to gaps: so that neither model is perfect.
-        threshold = 0.4 + 0.2 * noise(m, 1, 1) + 0.37 * smooth(noise(m, 1, 5, 5)).squeeze(3)
+        pressure = F.interpolate(noise(m, 1, 5, 5), size=(28, 28), mode="bicubic").squeeze(1)
+        threshold = 0.4 + 0.2 * noise(m, 1, 1) + 0.4 * pressure
         strokes = ((blurred - threshold) * 5 + 0.5).clamp(0, 1) * (blurred > 0.02)
         images.append((strokes * 255).byte())
     return torch.cat(images), labels
 
 
-def load_data(source, examples, data_dir, device):
-    """(source, {"train", "validation", "test", "scaled", "translated": (images, labels)}).
+def load_data(args):
+    """{"train", "validation", "test", "scaled", "translated": (images, labels)}; sets args.data.
 
-    source "auto": MNIST if it can be had, else synthetic digits, with a warning. The last twelfth
-    of the first `examples` training digits is for validation; each test has a sixth as many.
-    Scaled to 0.7, or translated by 3 pixels in both axes, each sign drawn at random: as MNIST-C's
-    "scale" and "translate" at severity 3 (Mu & Gilmer 2019, arXiv 1906.02337).
+    --data auto: MNIST if it can be had, else synthetic digits, with a warning. The last twelfth of
+    the first --examples training digits is for validation; each test has a sixth as many. Scaled to
+    0.7, or translated by 3 pixels in both axes, each sign drawn at random: as MNIST-C's "scale" and
+    "translate" at severity 3 (Mu & Gilmer 2019, arXiv 1906.02337).
     """
-    if source != "synthetic":
+    examples = args.examples or EXAMPLES
+    train, n = examples - examples // 12, examples // 6
+    if args.data != "synthetic":
         from torchvision.datasets import MNIST  # takes a second to import
 
         socket.setdefaulttimeout(10)  # seconds without an answer
         try:
-            mnist = MNIST(data_dir, train=True, download=True), MNIST(data_dir, train=False)
+            mnist = MNIST(args.data_dir, train=True, download=True), MNIST(args.data_dir, False)
             images, labels, test, test_labels = [x for m in mnist for x in (m.data, m.targets)]
-            source = "mnist"
+            args.data = "mnist"
         except Exception as error:  # torchvision reports damage in many ways
-            if source == "mnist" or list(Path(data_dir).glob("MNIST/raw/*-ubyte")):
-                sys.exit(f"error: no MNIST in {data_dir}/MNIST/raw ({error}): use --data synthetic")
-            source = "synthetic"
+            if args.data == "mnist" or list(Path(args.data_dir).glob("MNIST/raw/*-ubyte")):
+                sys.exit(f"error: no MNIST in {args.data_dir}/MNIST/raw: {error}")
+            args.data = "synthetic"
             print("*** WARNING: MNIST can't be fetched. These are SYNTHETIC digits, drawn here:\n"
                   "*** no figure of this run is about MNIST.", file=sys.stderr)
-    n, train = examples // 6, examples - examples // 12
-    if source == "synthetic":
+    if args.data == "synthetic":
         images, labels = synthetic_digits(examples, seed=0)
         test, test_labels = synthetic_digits(n, seed=1)
     test, test_labels = test[:n], test_labels[:n]
     scaled = warp(test, (torch.eye(2, 3) / 0.7).expand(n, 2, 3))
     corners = F.pad(test, (3, 3, 3, 3)).unfold(1, 28, 6).unfold(2, 28, 6)  # (n, 2, 2, 28, 28)
     row, column = torch.randint(0, 2, (n, 2), generator=torch.Generator().manual_seed(0)).T
-    translated = corners[torch.arange(n), 1 - row, 1 - column]
     data = {"train": (images[:train], labels[:train]),
             "validation": (images[train:examples], labels[train:examples]),
             "test": (test, test_labels), "scaled": (scaled, test_labels),
-            "translated": (translated, test_labels)}
-    return source, {name: (x.to(device), y.to(device)) for name, (x, y) in data.items()}
+            "translated": (corners[torch.arange(n), 1 - row, 1 - column], test_labels)}
+    return {name: (x.to(args.device), y.to(args.device)) for name, (x, y) in data.items()}
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -204,31 +191,26 @@ def test_all(model, data, amp):
 def configure(args, **changes):
     """(folder, configuration) of the run that `args` describe, with some changes.
 
-    Results depend on the configuration alone; device and precision are no part of it. The folder's
-    name has each flag that is not at its default, so runs never collide.
+    Results depend on the configuration alone; device and precision are no part of it.
     """
     args = argparse.Namespace(**vars(args) | changes)
     config = {"task": "mnist", "data": args.data, "examples": EXAMPLES, "student": args.student,
               "seed": args.seed, "kd": args.kd}
-    name, models = args.student, {"": args.student}
+    models = {"": args.student}
     if args.kd:
-        name = f"{args.teacher}-to-{args.student}" + {"offline": ""}.get(args.kd, f"-{args.kd}")
         models["teacher_"] = args.teacher
         config |= {"teacher": args.teacher, "teacher_seed": args.seed + 1,
                    "temperature": TEMPERATURE, "alpha": 1.0}
     for role, model in models.items():
         config |= {role + key: value for key, value in RECIPES[model].items()}
-        config[f"{role}epochs"] = config[f"{role}epochs"] * EXAMPLES // (args.examples or EXAMPLES)
+        fewer = EXAMPLES / (args.examples or EXAMPLES)
+        config[f"{role}epochs"] = int(RECIPES[model]["epochs"] * fewer**0.5)
     if args.kd == "online":  # the teacher learns in the student's batches
         del config["teacher_epochs"], config["teacher_batch_size"]
-    for flag in ("examples", "epochs", "batch_size", "lr", "temperature", "alpha", "teacher_seed"):
-        value = getattr(args, flag)
-        keys = [key for key in (flag, f"teacher_{flag}") if key in config]
-        if value is not None and any(config[key] != value for key in keys):
-            config |= dict.fromkeys(keys, value)
-            name += f"-{flag.replace('_', '-')}{value:.10g}"
-    root = "mnist" if args.data == "mnist" else "mnist-synthetic"
-    return args.out / root / name / f"seed{args.seed}", config
+    name, config = common.apply_flags(args, config, (
+        "examples", "epochs", "batch_size", "lr", "temperature", "alpha", "teacher_seed"))
+    task = "mnist" if args.data == "mnist" else "mnist-synthetic"
+    return args.out / task / name / f"seed{args.seed}", config
 
 
 def relatives(args):
@@ -273,7 +255,7 @@ def train(args, data):
 
     # The student and, online, the teacher that learns beside it: a parameter group for each.
     student = build_model(args.student, args.seed, device)
-    learners = {"": student, "teacher_": teacher} if kd == "online" else {"": student}
+    learners = {"": student} | ({"teacher_": teacher} if kd == "online" else {})
     groups = [{"params": model.parameters(), "lr": config[f"{role}lr"],
                "weight_decay": config[f"{role}weight_decay"]} for role, model in learners.items()]
     epochs, batch_size = config["epochs"], min(config["batch_size"], len(labels))
@@ -283,10 +265,11 @@ def train(args, data):
         optimizer, max_lr=[group["lr"] for group in groups], pct_start=0.25,
         total_steps=max(epochs * steps, 5))  # it divides by zero below 5
 
-    parameters = sum(parameter.numel() for parameter in student.parameters())
-    print(f"\n{folder}: {parameters:,} parameters, {epochs} epochs of {steps} batches")
-    history, begin, probe = [], time.perf_counter(), data["test"][0][:1000]
-    snapshots = {0: evaluate(student, probe, args.amp)[1]}
+    sizes = {name: len(y) for name, (_, y) in data.items()}
+    sizes["parameters"] = sum(parameter.numel() for parameter in student.parameters())
+    print(f"\n{folder}: {sizes['parameters']:,} parameters, {epochs} epochs of {steps} batches")
+    probe = data["test"][0][:1000]
+    history, snapshots, begin = [], {0: evaluate(student, probe, args.amp)[1]}, time.perf_counter()
     # The order of the batches depends on the seed alone: twins see the same batches.
     order = torch.Generator().manual_seed(args.seed)
     for epoch in range(1, epochs + 1):
@@ -303,10 +286,8 @@ def train(args, data):
             if kd in ("offline", "permuted"):
                 soft = teacher_logits.index_select(0, batch)
 
-            if kd:
-                loss = common.kd_loss(logits, soft, y, config["temperature"], config["alpha"])
-            else:
-                loss = F.cross_entropy(logits, y)
+            loss = F.cross_entropy(logits, y) if not kd else common.kd_loss(
+                logits, soft, y, config["temperature"], config["alpha"])
             if kd == "online":  # reaches the teacher alone, as the KD loss the student alone
                 loss = loss + F.cross_entropy(soft, y)
 
@@ -321,36 +302,27 @@ def train(args, data):
         mean_loss, seconds = float(total_loss) / steps, time.perf_counter() - start
         if not math.isfinite(mean_loss):
             sys.exit(f"error: the loss is {mean_loss} in epoch {epoch}: try a lower --lr")
-        logits, y = evaluate(student, data["validation"][0], args.amp)[0], data["validation"][1]
-        accuracy = (logits.argmax(dim=1) == y.cpu()).float().mean().item()
-        history.append({"epoch": epoch, "loss": mean_loss, "validation_accuracy": accuracy,
-                        "seconds": seconds})
+        x, y = data["validation"]
+        right = evaluate(student, x, args.amp)[0].argmax(dim=1) == y.cpu()
+        history.append({"epoch": epoch, "loss": mean_loss, "seconds": seconds,
+                        "validation_accuracy": right.float().mean().item()})
         if epoch & (epoch - 1) == 0 or epoch == epochs:  # 1, 2, 4, 8 ... and the last
             snapshots[epoch] = evaluate(student, probe, args.amp)[1]
         left = (time.perf_counter() - begin) / epoch * (epochs - epoch)
-        print(f"epoch {epoch}/{epochs}  loss {mean_loss:.4f}  validation accuracy {accuracy:.4f}  "
-              f"{left:.0f} s left", flush=True)
+        print(f"epoch {epoch}/{epochs}  loss {mean_loss:.4f}  validation accuracy "
+              f"{history[-1]['validation_accuracy']:.4f}  {left:.0f} s left", flush=True)
 
     metrics, outputs = test_all(student, data, args.amp)
     outputs |= {"probe_epochs": list(snapshots),
                 "probe_representations": torch.stack(list(snapshots.values()))}
-    code = Path(__file__).read_bytes() + Path(common.__file__).read_bytes()
-    record = {
-        "config": config, **relatives(args),
-        "environment": {"command": shlex.join(sys.argv), "torch": torch.__version__,
-                        "device": str(device), "precision": "bfloat16" if args.amp else "float32",
-                        "code": hashlib.sha256(code).hexdigest()[:8]},
-        "sizes": {name: len(y) for name, (_, y) in data.items()} | {"parameters": parameters},
-        "history": history, "metrics": metrics}
+    record = {"config": config, **relatives(args), "sizes": sizes, "history": history,
+              "environment": common.environment(args, __file__), "metrics": metrics}
     if kd == "online":
         teacher_metrics, _ = test_all(teacher, data, args.amp)
     if kd:
         record["teacher_metrics"] = teacher_metrics
     common.save_run(folder, record, outputs, student)
     return record
-
-
-# ---- Command line --------------------------------------------------------------------------------
 
 
 def print_results(args, record):
@@ -361,8 +333,8 @@ def print_results(args, record):
         rows = {"teacher": record["teacher_metrics"], "untaught twin": twin["metrics"], **rows}
     print("\naccuracy / ECE  " + "".join(f"{test:<17}" for test in TESTS))
     for role, tests in rows.items():
-        cells = [f"{tests[test]['accuracy']:.4f} / {tests[test]['ece']:.4f}" for test in TESTS
-                 ] if tests else ["not there yet: the same command without --kd and its flags"]
+        cells = ["not there yet: the same command without --kd and its flags"] if not tests else [
+            f"{tests[test]['accuracy']:.4f} / {tests[test]['ece']:.4f}" for test in TESTS]
         print(f"{role:<16}" + "".join(f"{cell:<17}" for cell in cells))
     print(f"all in {configure(args)[0]}")
 
@@ -395,8 +367,7 @@ def parse_arguments(argv=None):
     for flag in ("teacher", "teacher_seed", "temperature", "alpha"):
         if getattr(args, flag) is not None and not args.kd:
             parser.error(f"--{flag.replace('_', '-')} has no effect without --kd")
-    for flag, least in (("epochs", 1), ("batch_size", 2), ("examples", 60), ("lr", 1e-9),
-                        ("temperature", 1e-3), ("alpha", 0)):
+    for flag, least in (("epochs", 1), ("batch_size", 2), ("examples", 60), ("temperature", 1e-3)):
         if getattr(args, flag) is not None and getattr(args, flag) < least:
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
     args.teacher = args.teacher or args.student
@@ -415,7 +386,7 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
-    args.data, data = load_data(args.data, args.examples or EXAMPLES, args.data_dir, args.device)
+    data = load_data(args)
     print(f"{args.data}, {len(data['train'][1]):,} training digits, on {args.device}")
     print_results(args, train(args, data))
 

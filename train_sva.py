@@ -6,20 +6,18 @@
     python train_sva.py --teacher lstm --student transformer-seq --kd --objective lm
 
 "The keys near the cabinet ..." is or are? The number of the subject decides, not that of the nouns
-in between (the attractors). Training sentences are mostly simple, the test has up to four
-attractors and more: it asks for the inductive bias. Every run leaves run.json, outputs.npz and
-model.pt in runs/sva-<data>/<run name>/seed<k>/ (runs/sva-lm-<data> for language models). After
-Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
+in between (the attractors). They are rare in training and frequent in the test, which so asks for
+the inductive bias. Every run leaves run.json, outputs.npz and model.pt in runs/sva-<data>/
+<run name>/seed<k>/ (sva-lm-<data>: language models). After Abnar, Dehghani & Zuidema 2020 (arXiv
+2006.00555).
 """
 
 import argparse
 import functools
 import gzip
-import hashlib
 import math
 import operator
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -35,14 +33,12 @@ import torch.nn.functional as F
 
 import common
 
-# One recipe for all setups of a model: batch size, peak learning rate, weight decay. Chosen on
-# sentences of another seed of an older grammar.
+# One recipe for all setups of a model. Chosen on sentences of another seed of an older grammar.
 RECIPES = {
     ("classification", "lstm"): {"batch_size": 128, "lr": 3e-3, "weight_decay": 0.01},
     ("classification", "transformer"): {"batch_size": 128, "lr": 1e-3, "weight_decay": 0.01},
     ("lm", "lstm"): {"batch_size": 32, "lr": 6e-3, "weight_decay": 0.01},
-    ("lm", "transformer"): {"batch_size": 64, "lr": 2e-3, "weight_decay": 0.01},
-}
+    ("lm", "transformer"): {"batch_size": 64, "lr": 2e-3, "weight_decay": 0.01}}
 TEMPERATURE = {"classification": 2.0, "lm": 1.0}
 SENTENCES_READ, MOST_EPOCHS = 560_000, 32  # the fewer sentences, the more often each is read
 SYNTHETIC_EXAMPLES = 750
@@ -91,8 +87,7 @@ class Block(nn.Module):
         qkv = self.queries_keys_values(self.norm_attention(x))
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(  # (n, heads, length, width / heads)
-            q, k, v, attn_mask=mask, is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0)
+            q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None)
         x = x + self.drop(self.project(attended.transpose(1, 2).flatten(2)))
         return x + self.drop(self.mlp(self.norm_mlp(x)))
 
@@ -100,15 +95,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Pre-norm Transformer with learned positions.
 
-    causal: a word sees the words before it (Transformer-seq); else words see both sides, and every
-    state is that of a class token in front. shared: one layer serves at every depth, told apart by
-    a learned embedding of the depth (Universal Transformer, Dehghani et al. 2019, arXiv 1807.03819,
-    sec. 2.1).
+    causal: a word sees the words before it (Transformer-seq); else it sees all, and every state is
+    that of a class token in front. shared: one layer serves at every depth, told apart by a learned
+    embedding (Universal Transformer, Dehghani et al. 2019, arXiv 1807.03819, sec. 2.1).
     """
 
     def __init__(self, vocabulary, outputs, width, layers=3, causal=True, shared=False):
         super().__init__()
-        self.causal, self.layers, self.shared = causal, layers, shared
+        self.causal, self.layers = causal, layers
         self.embedding = nn.Embedding(vocabulary, width, padding_idx=PAD)
         self.position = nn.Embedding(LONGEST_SENTENCE + 2, width)
         self.depth = nn.Embedding(layers, width) if shared else None
@@ -127,7 +121,7 @@ class Transformer(nn.Module):
             mask = F.pad(tokens != PAD, (1, 0), value=True)[:, None, None]
         x = x + self.position.weight[:x.shape[1]]
         for layer in range(self.layers):
-            if self.shared:
+            if self.depth is not None:
                 x = x + self.depth.weight[layer]
             x = self.blocks[layer % len(self.blocks)](x, mask)
         return self.norm(x) if self.causal else self.norm(x[:, :1]).expand(-1, x.shape[1] - 1, -1)
@@ -138,32 +132,24 @@ MODELS = {
     "transformer": functools.partial(Transformer, width=96, causal=False),
     "transformer-seq": functools.partial(Transformer, width=96),
     "ut-seq": functools.partial(Transformer, width=160, shared=True),
-    "lstm-small": functools.partial(LSTM, width=64),
-    "transformer-seq-small": functools.partial(Transformer, width=48),
 }
 
 
 def build_model(name, seed, tokens, objective, device):
-    """A new model for that many tokens; its initial weights depend on (name, seed) alone."""
+    """A new model for that many tokens; its weights depend on (name, seed) alone."""
     torch.manual_seed(seed)
     return MODELS[name](tokens, tokens if objective == "lm" else 2).to(device)
 
 
 class Sentence(NamedTuple):
-    """text: words separated by blanks. verb: its index. forms: the verb's singular and plural, None
-    if unknown. attractors: nouns between subject and verb, if all are of the other number; else -1.
-    distance: words from the subject to the verb; -1 if unknown."""
-
-    text: str
-    verb: int
+    text: str  # words separated by blanks
+    verb: int  # its place among them
     plural: bool
-    attractors: int
-    distance: int
-    forms: tuple
+    attractors: int  # nouns between subject and verb, if all are of the other number; else -1
+    distance: int  # words from the subject to the verb; -1 if unknown
 
 
 # ---- Synthetic sentences: "near the dogs that the cat sees , the king behind the boys sleeps ."
-# The verb agrees with the king, the head of the subject, not with the first or the last noun.
 
 # What a symbol becomes, one of the list. [n]: the part has the symbol's own number; [m]: singular
 # or plural by chance, the same wherever [m] stands in a production.
@@ -171,23 +157,19 @@ GRAMMAR = {
     "OPENING": ["", *2 * ["PREP NP[m] ,"], *2 * ["NP[m] SAY[m] that"]],
     "NP": [*5 * ["the N[n]"], *3 * ["the N[n] PREP NP[m]"],
            "the N[n] that SEE[n] NP[m]", "the N[n] that NP[m] SEE[m]"],
-    "VP": [*2 * ["SLEEP[n] ."], "SEE[n] the N[m] ."],
-}
+    "VP": [*2 * ["SLEEP[n] ."], "SEE[n] the N[m] ."]}
 WORDS = {  # -s makes a noun plural and a verb singular; nothing else shows number
     "N": "dog cat boy girl king queen doctor teacher farmer lawyer".split(),
     "SEE": "see like know help".split(),
     "SLEEP": "sleep run work wait".split(),
     "SAY": "say think".split(),
-    "PREP": "near behind with above".split(),
-}
+    "PREP": "near behind with above".split()}
 NATURAL, BALANCED = (80, 13, 5, 1, 1), (20, 20, 20, 20, 20)  # % with 0, 1, 2, 3, 4+ attractors
 
 
 def expand(symbol, plural, rng, others=None):
-    """The words that `symbol` of that number (None: it has none) becomes, by chance.
-
-    others: the number of every [m], instead of chance.
-    """
+    """The words that `symbol` becomes, by chance. plural: its number, None if it has none;
+    others: the number of every [m], instead of chance."""
     if symbol in WORDS:
         word = rng.choice(WORDS[symbol])
         return [word + "s" if plural is (symbol == "N") else word]
@@ -202,28 +184,24 @@ def expand(symbol, plural, rng, others=None):
 
 
 def draw_sentence(rng, hard):
-    """A Sentence of the grammar; hard: all nouns between subject and verb are attractors."""
+    """The verb agrees with the head of the subject, neither with the first noun nor with the last;
+    hard: all nouns between them are attractors."""
     plural = rng.random() < 0.5
     opening, rest = expand("OPENING", None, rng), expand("VP", plural, rng)
     subject = expand("NP", plural, rng, others=not plural if hard else None)
-    verb, lemma = len(opening + subject), rest[0].removesuffix("s")
-    attractors = 0
-    for word in subject:
-        if word.removesuffix("s") in WORDS["N"] and word.endswith("s") != plural:
-            attractors += 1
-    return Sentence(" ".join(opening + subject + rest), verb, plural, attractors,
-                    len(subject) - 1, (lemma + "s", lemma))  # the head follows "the"
+    nouns = [word for word in subject if word.removesuffix("s") in WORDS["N"]]
+    attractors = sum(noun.endswith("s") != plural for noun in nouns)
+    return Sentence(" ".join(opening + subject + rest), len(opening + subject), plural, attractors,
+                    len(subject) - 1)  # the head follows "the"
 
 
 def synthetic_sentences(examples, seed=0):
-    """{"train", "validation", "test": [Sentence]}: attractors are rare but in the test.
-
-    `examples` training sentences, as many for validation, twice as many for the test, but at most
-    500 and 2,000. None of these has the words before the verb of a training sentence.
-    """
+    """{"train", "validation", "test": [Sentence]}: `examples` for training, a quarter for validation,
+    twice as many for the test, but at most 500 and 2,000. None of these has the words before the
+    verb of a training sentence."""
     rng, parts, seen = random.Random(seed), {}, set()
     for name, size, shares in (("train", examples, NATURAL),
-                               ("validation", min(examples, 500), NATURAL),
+                               ("validation", examples // 4, NATURAL),
                                ("test", min(2 * examples, 2000), BALANCED)):
         parts[name], wanted = [], [size * share // 100 for share in shares]
         wanted[0] += size - sum(wanted)
@@ -245,10 +223,7 @@ def before_verb(sentence):
 
 
 def read_table(path):
-    """[Sentence] of a tab-separated table, .tsv or .tsv.gz, whose first line names its columns.
-
-    Where the verb itself stands as its tag, VBZ or VBP, the tags are its two forms.
-    """
+    """[Sentence] of a tab-separated table, .tsv or .tsv.gz, whose first line names its columns."""
     number, sentences = 1, []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
@@ -257,14 +232,10 @@ def read_table(path):
             for number, line in enumerate(file, 2):
                 text, verb, tag, nouns, others, distance = pick(line.rstrip("\n").split("\t"))
                 verb, plural = int(verb) - 1, ("VBZ", "VBP").index(tag) == 1
-                form, attractors = text.split()[verb], int(others) if nouns == others else -1
-                forms = (None, form) if plural else (form, None)
-                if form in ("VBZ", "VBP"):
-                    forms = "VBZ", "VBP"
-                if verb < 1:
-                    raise ValueError("no word before the verb")
-                sentences.append(
-                    Sentence(text, verb, plural, attractors, int(distance or -1), forms))
+                if not 0 < verb < len(text.split()):
+                    raise ValueError("verb_index is not that of a word after the first")
+                attractors = int(others) if nouns == others else -1
+                sentences.append(Sentence(text, verb, plural, attractors, int(distance or -1)))
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
         sys.exit(f"error: {path}, line {number}: {error}; its columns must be {', '.join(COLUMNS)}")
     return sentences
@@ -272,9 +243,7 @@ def read_table(path):
 
 def load_sentences(args):
     """{"train", "validation", "test": [Sentence]}; sets args.data, args.files and args.available.
-
-    Of more than --examples real training sentences so many are drawn, the same for every run.
-    """
+    Of more than --examples real training sentences so many are drawn, the same for every run."""
     names = "train", "validation", "test"
     files = [args.data_dir / f"{name}.tsv" for name in names]
     if not files[0].exists():
@@ -288,9 +257,8 @@ def load_sentences(args):
             sys.exit(f"error: {error}: put {TABLE} into {args.data_dir}, or use --data synthetic")
     if args.data == "auto" and not files[0].exists():
         args.data = "synthetic"
-        print(f"*** WARNING: no train.tsv or {TABLE} in {args.data_dir}: --data linzen fetches it."
-              "\n*** These are SYNTHETIC sentences: no figure of this run is about English.",
-              file=sys.stderr)
+        print(f"*** WARNING: no train.tsv or {TABLE} in {args.data_dir}. These are SYNTHETIC "
+              "sentences:\n*** no figure of this run is about English.", file=sys.stderr)
     args.files, args.available = {}, SYNTHETIC_EXAMPLES
     if args.data == "synthetic":
         return synthetic_sentences(args.examples or SYNTHETIC_EXAMPLES)
@@ -298,9 +266,8 @@ def load_sentences(args):
     tables = [read_table(path) for path in files]
     if len(files) == 1:
         random.Random(0).shuffle(tables[0])  # once; 10 % and 1 %, as in the paper
-        tenth, hundredth = len(tables[0]) // 10, len(tables[0]) // 100
-        tables = [tables[0][:tenth], tables[0][tenth:tenth + hundredth],
-                  tables[0][tenth + hundredth:]]
+        first, second = len(tables[0]) // 10, len(tables[0]) // 10 + len(tables[0]) // 100
+        tables = [tables[0][:first], tables[0][first:second], tables[0][second:]]
     args.available = len(tables[0])
     if args.examples and args.examples > args.available:
         sys.exit(f"error: --examples: there are {args.available:,} training sentences")
@@ -311,12 +278,12 @@ def load_sentences(args):
 
 def other_form(verb, plural, vocabulary):
     """The other number's form of `verb`, if it is in the vocabulary; else None."""
-    irregular = {"is": "are", "has": "have", "was": "were", "does": "do"}
+    irregular = {"is": "are", "has": "have", "was": "were", "does": "do",
+                 "VBZ": "VBP"}  # a rare verb stands as its tag
+    regular = verb[:-1], verb[:-2], verb[:-3] + "y"
     if plural:
         irregular = {plural: singular for singular, plural in irregular.items()}
         regular = verb + "s", verb + "es", verb[:-1] + "ies"
-    else:
-        regular = verb[:-1], verb[:-2], verb[:-3] + "y"
     for form in (irregular[verb],) if verb in irregular else regular:
         if form in vocabulary and form.isalpha():  # a form of "'s" would be a quotation mark
             return form
@@ -327,22 +294,22 @@ def other_form(verb, plural, vocabulary):
 
 
 def encode(sentences, vocabulary, objective):
-    """The split of these sentences, without those too long, or, for a language model, those where
-    one form of the verb is unknown. A classifier reads the words before the verb; a language model
-    START, the whole sentence, END. answer_at: the last token before the verb."""
+    """The split of these sentences. A classifier reads the words before the verb; a language model
+    START, the whole sentence, END, without sentences where one form of the verb is unknown.
+    answer_at: the last token before the verb."""
     @functools.cache  # the verbs are few
-    def tokens_of_forms(singular, plural):
-        singular = singular or other_form(plural, True, vocabulary)
-        plural = plural or other_form(singular, False, vocabulary)
-        return vocabulary.get(singular, UNKNOWN), vocabulary.get(plural, UNKNOWN)
+    def tokens_of_forms(verb, plural):
+        forms = [vocabulary.get(verb), vocabulary.get(other_form(verb, plural, vocabulary))]
+        return (forms[::-1] if plural else forms) if None not in forms else [UNKNOWN, UNKNOWN]
 
     rows, columns, lm = [], [], objective == "lm"
-    for text, verb, plural, attractors, distance, forms in sentences:
-        words, forms = text.split(), tokens_of_forms(*forms)
+    for text, verb, plural, attractors, distance in sentences:
+        words = text.split()
+        forms = tokens_of_forms(words[verb], plural)
         if len(words) > LONGEST_SENTENCE or (lm and UNKNOWN in forms):
             continue
         row = [vocabulary.get(word, UNKNOWN) for word in (words if lm else words[:verb])]
-        rows.append(np.array([START, *row, END] if lm else row, dtype=np.int16))
+        rows.append([START, *row, END] if lm else row)
         columns.append((len(rows[-1]), verb if lm else verb - 1, plural, attractors, distance,
                         *forms))
     if not rows:
@@ -361,10 +328,8 @@ def take(split, chosen):
 
 
 def load_data(args):
-    """{"train", "validation", "test", "probe": split}; sets args.tokens, how many there are.
-
-    The vocabulary is that of the training sentences. probe: at most 1,000 test sentences.
-    """
+    """{"train", "validation", "test", "probe": split}; probe: at most 1,000 test sentences. Sets
+    args.tokens, how many there are; the vocabulary is that of the training sentences."""
     sentences = load_sentences(args)
     counts = Counter(word for sentence in sentences["train"] for word in sentence.text.split())
     ranked = sorted(counts, key=lambda word: (-counts[word], word))[:VOCABULARY_SIZE]
@@ -379,9 +344,9 @@ def load_data(args):
 def batches_by_length(lengths, batch_size, generator):
     """One epoch: (batches, batch_size) sentence numbers; a batch holds similar lengths.
 
-    The sentences are shuffled and cut into windows of 50 batches; within a window they are sorted
-    by length, which leaves little padding and much chance. What doesn't fill a batch is left out
-    before the sorting: after it, it would always be the longest sentences.
+    The sentences are shuffled and cut into windows of 50 batches, each sorted by length: little
+    padding, much chance. What doesn't fill a batch is left out before the sorting: after it, it
+    would always be the longest sentences.
     """
     order = torch.randperm(len(lengths), generator=generator)
     order = order[:len(order) // batch_size * batch_size]
@@ -394,8 +359,8 @@ def batches_by_length(lengths, batch_size, generator):
 def questions(batch, answers):
     """(tokens to read, where to answer in the flattened tokens, right answers) of a batch.
 
-    answers: a classifier's after the "last" word or after "every" word; a language model's "next"
-    words. On the CPU, so that a GPU never waits for the number of answers.
+    answers: a classifier's after the "last" or after "every" word; a language model's "next" words.
+    On the CPU, so that a GPU never waits for their number.
     """
     tokens = batch["tokens"][:, :batch["lengths"].max()].long()
     right, asked = batch["labels"][:, None].expand_as(tokens), tokens != PAD
@@ -417,9 +382,7 @@ def answer(model, tokens, where):
 @torch.no_grad()
 def evaluate(model, split, objective, amp, device):
     """(logits (sentences, 2) of singular and plural, mean loss), in eval mode, float32, on the CPU.
-
-    For a language model: log-probabilities of the verb's two forms, and the loss of all words.
-    """
+    A language model: log-probabilities of the verb's two forms, and the loss of all words."""
     model.eval()
     logits, losses = [], []
     order = split["lengths"].argsort(stable=True)
@@ -461,8 +424,8 @@ def answer_every_word(model, split, amp, device):
 def test_all(model, data, objective, amp, device):
     """({"test": metrics}, {"test_logits", "test_labels": tensor}).
 
-    A-accuracy (Abnar et al. 2020, sec. 3.1) is the mean of the accuracies at 0, 1, 2, 3 and 4 or
-    more attractors, D-accuracy that over distances 1..16; None where they are unknown.
+    A-accuracy (Abnar et al. 2020, sec. 3.1): mean of the accuracies at 0, 1, 2, 3 and 4 or more
+    attractors; D-accuracy: over distances 1..16; None where they are unknown.
     """
     split = data["test"]
     logits, loss = evaluate(model, split, objective, amp, device)
@@ -483,46 +446,39 @@ def test_all(model, data, objective, amp, device):
 
 
 def reads_both_ways(*names):
-    """Whether a state of one of these models depends on later words too."""
     return not all(MODELS[name](END + 1, 2).causal for name in names)
 
 
 def configure(args, **changes):
     """(folder, configuration) of the run that `args` describe, with some changes.
 
-    Results depend on the configuration alone; device and precision are no part of it. The folder's
-    name has each flag that is not at its default, so runs never collide.
+    Results depend on the configuration alone; device and precision are no part of it.
     """
     args = argparse.Namespace(**vars(args) | changes)
-    examples = args.examples or args.available
     config = {"task": "sva", "objective": args.objective, "data": args.data, "files": args.files,
               "examples": args.available, "student": args.student, "seed": args.seed,
-              "kd": args.kd}
-    name, models = args.student, {"": args.student}
+              "kd": args.kd, "answers": "last"}
+    models = {"": args.student}
     if args.kd:
-        name = f"{args.teacher}-to-{args.student}" + {"offline": ""}.get(args.kd, f"-{args.kd}")
         models["teacher_"] = args.teacher
         config |= {"teacher": args.teacher, "teacher_seed": args.seed + 1,
                    "temperature": TEMPERATURE[args.objective], "alpha": 1.0}
-    config["answers"] = "every" if args.kd and not reads_both_ways(*models.values()) else "last"
     if args.objective == "lm":
         config["answers"] = "next"
+    elif args.kd and not reads_both_ways(*models.values()):
+        config["answers"] = "every"
     for role, model in models.items():
-        kind = "lstm" if model.startswith("lstm") else "transformer"
-        recipe = {"epochs": min(MOST_EPOCHS, max(2, SENTENCES_READ // examples)),
-                  **RECIPES[args.objective, kind]}
+        recipe = RECIPES[args.objective, "lstm" if model.startswith("lstm") else "transformer"]
         config |= {role + key: value for key, value in recipe.items()}
+        epochs = SENTENCES_READ // (args.examples or args.available)
+        config[f"{role}epochs"] = max(2, min(epochs, MOST_EPOCHS))
     if args.kd == "online":  # the teacher learns in the student's batches
         del config["teacher_epochs"], config["teacher_batch_size"]
-    for flag in ("examples", "epochs", "batch_size", "lr", "temperature", "alpha", "teacher_seed",
-                 "answers"):
-        value = getattr(args, flag)
-        keys = [key for key in (flag, f"teacher_{flag}") if key in config]
-        if value is not None and any(config[key] != value for key in keys):
-            config |= dict.fromkeys(keys, value)
-            name += f"-{value}" if flag == "answers" else f"-{flag.replace('_', '-')}{value:.10g}"
-    root = f"sva-lm-{args.data}" if args.objective == "lm" else f"sva-{args.data}"
-    return args.out / root / name / f"seed{args.seed}", config
+    name, config = common.apply_flags(args, config, (
+        "examples", "epochs", "batch_size", "lr", "temperature", "alpha", "teacher_seed",
+        "answers"))
+    task = f"sva-lm-{args.data}" if args.objective == "lm" else f"sva-{args.data}"
+    return args.out / task / name / f"seed{args.seed}", config
 
 
 def relatives(args):
@@ -565,12 +521,12 @@ def train(args, data):
         _, where, right = questions(split, answers)
         soft = split["soft"].view(-1, 2)
         for label in (0, 1):
-            own = where[right == label]  # the answers in sentences of this label
+            own = where[right == label]
             soft[own] = soft[own[torch.randperm(len(own))]]
 
     # The student and, online, the teacher that learns beside it: a parameter group for each.
     student = build_model(args.student, args.seed, args.tokens, objective, device)
-    learners = {"": student, "teacher_": teacher} if kd == "online" else {"": student}
+    learners = {"": student} | ({"teacher_": teacher} if kd == "online" else {})
     groups = [{"params": list(model.parameters()), "lr": config[f"{role}lr"],
                "weight_decay": config[f"{role}weight_decay"]} for role, model in learners.items()]
     lengths, epochs = split["lengths"], config["epochs"]
@@ -581,8 +537,9 @@ def train(args, data):
         optimizer, max_lr=[group["lr"] for group in groups], pct_start=0.25,
         total_steps=max(epochs * steps, 5))  # it divides by zero below 5
 
-    parameters = sum(parameter.numel() for parameter in student.parameters())
-    print(f"\n{folder}: {parameters:,} parameters, {epochs} epochs of {steps} batches")
+    sizes = {name: len(part["labels"]) for name, part in data.items()} | {"tokens": args.tokens}
+    sizes["parameters"] = sum(parameter.numel() for parameter in student.parameters())
+    print(f"\n{folder}: {sizes['parameters']:,} parameters, {epochs} epochs of {steps} batches")
     history, begin = [], time.perf_counter()
     snapshots = {0: represent(student, data["probe"], args.amp, device)}
     # Dropout and the order of the batches depend on the seed alone: twins see the same batches.
@@ -593,9 +550,9 @@ def train(args, data):
         student.train()
         for step, batch in enumerate(batches_by_length(lengths, batch_size, order), 1):
             optimizer.zero_grad()
-            parts, words = 1, int(lengths[batch].sum()) - batch_size  # that a language model says
-            if objective == "lm":  # where they are many, the gradients of parts are added up
-                parts = math.ceil(words / WORDS_AT_ONCE)
+            words = int(lengths[batch].sum()) - batch_size  # that a language model says
+            # Where they are many, the gradients of parts of the batch are added up.
+            parts = math.ceil(words / WORDS_AT_ONCE) if objective == "lm" else 1
             for part in batch.chunk(parts):
                 sentences = take(split, part)
                 x, where, y = (tensor.to(device) for tensor in questions(sentences, answers))
@@ -606,10 +563,8 @@ def train(args, data):
                 if "soft" in split:
                     soft = sentences["soft"][:, :x.shape[1]].flatten(0, 1).to(device)[where]
 
-                if kd:
-                    loss = common.kd_loss(logits, soft, y, config["temperature"], config["alpha"])
-                else:
-                    loss = F.cross_entropy(logits, y)
+                loss = F.cross_entropy(logits, y) if not kd else common.kd_loss(
+                    logits, soft, y, config["temperature"], config["alpha"])
                 if kd == "online":  # reaches the teacher alone, as the KD loss the student alone
                     loss = loss + F.cross_entropy(soft, y)
                 if parts > 1:
@@ -639,24 +594,14 @@ def train(args, data):
     metrics, outputs = test_all(student, data, objective, args.amp, device)
     outputs |= {"probe_epochs": list(snapshots),
                 "probe_representations": torch.stack(list(snapshots.values()))}
-    code = Path(__file__).read_bytes() + Path(common.__file__).read_bytes()
-    sizes = {name: len(part["labels"]) for name, part in data.items()}
-    record = {
-        "config": config, **relatives(args),
-        "environment": {"command": shlex.join(sys.argv), "torch": torch.__version__,
-                        "device": str(device), "precision": "bfloat16" if args.amp else "float32",
-                        "code": hashlib.sha256(code).hexdigest()[:8]},
-        "sizes": sizes | {"tokens": args.tokens, "parameters": parameters},
-        "history": history, "metrics": metrics}
+    record = {"config": config, **relatives(args), "sizes": sizes, "history": history,
+              "environment": common.environment(args, __file__), "metrics": metrics}
     if kd == "online":
         teacher_metrics, _ = test_all(teacher, data, objective, args.amp, device)
     if kd:
         record["teacher_metrics"] = teacher_metrics
     common.save_run(folder, record, outputs, student)
     return record
-
-
-# ---- Command line --------------------------------------------------------------------------------
 
 
 def print_results(args, record):
@@ -668,8 +613,8 @@ def print_results(args, record):
     names = [name for name, value in record["metrics"]["test"].items() if isinstance(value, float)]
     print(f"\n{'test':<16}" + "".join(f"{name:<12}" for name in names))
     for role, tests in rows.items():
-        cells = [f"{tests['test'][name] or math.nan:.4f}" for name in names] if tests else [
-            "not there yet: the same command without --kd and its flags"]
+        cells = ["not there yet: the same command without --kd and its flags"] if not tests else [
+            f"{tests['test'][name] or math.nan:.4f}" for name in names]
         print(f"{role:<16}" + "".join(f"{cell:<12}" for cell in cells))
     print(f"all in {configure(args)[0]}")
 
@@ -685,8 +630,8 @@ def parse_arguments(argv=None):
              "permuted: as offline, the soft labels permuted among the answers of one label")
     add("--objective", choices=["classification", "lm"], default="classification",
         help="the verb's number from the words before it, or the next word")
-    add("--answers", choices=["last", "every"], help="classifiers learn from an answer after the "
-        "last word before the verb, or after every word (default: every with --kd, else last)")
+    add("--answers", choices=["last", "every"], help="a classifier's, in training: after the last "
+        "word before the verb or after every word (default: every with --kd, else last)")
     add("--temperature", type=float, help="softens both outputs (default: 2, language models 1)")
     add("--alpha", type=float, help="share of the KD loss, the rest: cross-entropy (default: 1)")
     for flag, kind in (("--epochs", int), ("--batch-size", int), ("--lr", float)):
@@ -707,8 +652,7 @@ def parse_arguments(argv=None):
     for flag in ("teacher", "teacher_seed", "temperature", "alpha"):
         if getattr(args, flag) is not None and not args.kd:
             parser.error(f"--{flag.replace('_', '-')} has no effect without --kd")
-    for flag, least in (("epochs", 1), ("batch_size", 1), ("examples", 50), ("lr", 1e-9),
-                        ("temperature", 1e-3), ("alpha", 0)):
+    for flag, least in (("epochs", 1), ("batch_size", 1), ("examples", 50), ("temperature", 1e-3)):
         if getattr(args, flag) is not None and getattr(args, flag) < least:
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
     args.teacher = args.teacher or args.student
@@ -734,8 +678,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
     data = load_data(args)
-    print(f"{args.data}, {len(data['train']['labels']):,} training sentences, {args.tokens:,} tokens, "
-          f"on {args.device}")
+    print(f"{args.data}, {len(data['train']['labels']):,} training sentences, on {args.device}")
     print_results(args, train(args, data))
 
 
