@@ -44,8 +44,7 @@ def network(*layers):
 
 def mlp():
     return network(
-        nn.Flatten(),
-        nn.Linear(784, 512), nn.BatchNorm1d(512), nn.ReLU(),
+        nn.Flatten(), nn.Linear(784, 512), nn.BatchNorm1d(512), nn.ReLU(),
         nn.Linear(512, 128), nn.BatchNorm1d(128), nn.ReLU(),
         nn.Linear(128, 32), nn.BatchNorm1d(32), nn.ReLU(),
         nn.Linear(32, 10))
@@ -68,7 +67,7 @@ MODELS = {"mlp": mlp, "cnn": cnn}
 
 
 def build_model(name, seed, device):
-    """A new model whose initial weights depend on (name, seed) alone."""
+    """A new model; its initial weights depend on (name, seed) alone."""
     torch.manual_seed(seed)
     return MODELS[name]().to(device, memory_format=torch.channels_last)  # 1.5 times as fast on CPUs
 
@@ -83,19 +82,15 @@ def to_input(images):
 
 
 def warp(images, theta):
-    """Images, sampled (bilinear, zeros outside) where the affine maps theta (n, 2, 3) lead.
-
-    Images of any size -> (n, 28, 28) float32, not rounded to whole grey levels.
-    """
+    """Images of any size -> (n, 28, 28) float32, not rounded to whole grey levels, sampled
+    (bilinear, zeros outside) where the affine maps theta (n, 2, 3) lead."""
     grid = F.affine_grid(theta, (len(images), 1, 28, 28), align_corners=False)
     return F.grid_sample(images.float().unsqueeze(1), grid, align_corners=False).squeeze(1)
 
 
 def synthetic_digits(n, seed):
-    """`n` digits drawn here: images (n, 28, 28) uint8, labels (n,) int64, the same for one seed.
-
-    Glyphs of Pillow's font, each with its own size, slant, rotation, place and thickness.
-    """
+    """Images (n, 28, 28) uint8 and labels (n,), the same for one seed: glyphs of Pillow's font,
+    each with its own size, slant, rotation, place and thickness."""
     from PIL import Image, ImageDraw, ImageFilter, ImageFont  # comes with torchvision
 
     glyphs, font = [], ImageFont.load_default(size=62)
@@ -189,10 +184,8 @@ def test_all(model, data, amp):
 
 
 def configure(args, **changes):
-    """(folder, configuration) of the run that `args` describe, with some changes.
-
-    Results depend on the configuration alone; device and precision are no part of it.
-    """
+    """(folder, configuration) of the run that `args` describe, with some changes. Results depend on
+    the configuration alone; device and precision are no part of it."""
     args = argparse.Namespace(**vars(args) | changes)
     config = {"task": "mnist", "data": args.data, "examples": EXAMPLES, "student": args.student,
               "seed": args.seed, "kd": args.kd}
@@ -229,9 +222,7 @@ def relatives(args):
 
 def train(args, data):
     """Train, test and save the run that `args` describe, unless that is done; returns its record.
-
-    The teacher of offline distillation is such a run too: it is loaded, or trained first.
-    """
+    The teacher of offline distillation is such a run too: it is loaded, or trained first."""
     (folder, config), device, kd = configure(args), args.device, args.kd
     record = common.find_run(folder, config)
     if record:
@@ -267,7 +258,8 @@ def train(args, data):
 
     sizes = {name: len(y) for name, (_, y) in data.items()}
     sizes["parameters"] = sum(parameter.numel() for parameter in student.parameters())
-    print(f"\n{folder}: {sizes['parameters']:,} parameters, {epochs} epochs of {steps} batches")
+    print(f"\n{folder}, on {device}: {sizes['train']:,} digits, {sizes['parameters']:,} parameters, "
+          f"{epochs} epochs of {steps} batches")
     probe = data["test"][0][:1000]
     history, snapshots, begin = [], {0: evaluate(student, probe, args.amp)[1]}, time.perf_counter()
     # The order of the batches depends on the seed alone: twins see the same batches.
@@ -336,7 +328,6 @@ def print_results(args, record):
         cells = ["not there yet: the same command without --kd and its flags"] if not tests else [
             f"{tests[test]['accuracy']:.4f} / {tests[test]['ece']:.4f}" for test in TESTS]
         print(f"{role:<16}" + "".join(f"{cell:<17}" for cell in cells))
-    print(f"all in {configure(args)[0]}")
 
 
 def parse_arguments(argv=None):
@@ -368,8 +359,8 @@ def parse_arguments(argv=None):
         if getattr(args, flag) is not None and not args.kd:
             parser.error(f"--{flag.replace('_', '-')} has no effect without --kd")
     for flag, least in (("epochs", 1), ("batch_size", 2), ("examples", 60), ("temperature", 1e-3)):
-        if getattr(args, flag) is not None and getattr(args, flag) < least:
-            parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
+        if getattr(args, flag) is not None and not least <= getattr(args, flag) <= EXAMPLES:
+            parser.error(f"--{flag.replace('_', '-')} must be in {least} .. {EXAMPLES}")
     args.teacher = args.teacher or args.student
     args.teacher_seed = args.seed + 1 if args.teacher_seed is None else args.teacher_seed
     if args.teacher_seed == args.seed:
@@ -378,7 +369,7 @@ def parse_arguments(argv=None):
         torch.empty(1, device=args.device)
         args.out.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, AssertionError, OSError) as error:
-        parser.error(f"--device or --out: {str(error).splitlines()[0]}")
+        parser.error(str(error).splitlines()[0])
     args.amp = args.amp and args.device.type == "cpu"  # GPUs have TF32
     return args
 
@@ -386,9 +377,7 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
-    data = load_data(args)
-    print(f"{args.data}, {len(data['train'][1]):,} training digits, on {args.device}")
-    print_results(args, train(args, data))
+    print_results(args, train(args, load_data(args)))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ COLUMNS = ("sentence", "verb_index", "verb_pos", "n_intervening", "n_diff_interv
 VOCABULARY_SIZE = 10_000  # as in the paper
 PAD, UNKNOWN, START, END = range(4)  # token numbers; the words' numbers follow
 LONGEST_SENTENCE = 254  # words; with START and END the 256 positions of a Transformer
-WORDS_AT_ONCE = 2048  # in training: (words, vocabulary) is what takes a language model's memory
+WORDS_AT_ONCE = 256  # (words, vocabulary) is what takes a language model's time and memory
 
 
 # ---- Models: tokens (n, length), PAD on the right -> states (n, length, width); head -> answers --
@@ -374,9 +374,9 @@ def questions(batch, answers):
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def answer(model, tokens, where):
-    """Logits (len(where), 2), or for a language model (len(where), vocabulary), float32."""
-    return model.head(model.states(tokens).flatten(0, 1).index_select(0, where)).float()
+def read(model, tokens, where):
+    """States (len(where), width) after these of the flattened tokens; model.head gives answers."""
+    return model.states(tokens).flatten(0, 1).index_select(0, where)
 
 
 @torch.no_grad()
@@ -390,10 +390,12 @@ def evaluate(model, split, objective, amp, device):
         batch = take(split, part)
         tokens, where, right = questions(batch, "next" if objective == "lm" else "last")
         verb = torch.arange(len(part)) * tokens.shape[1] + batch["answer_at"]
-        asked = torch.cat([where, verb]).to(device)
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            words, verbs = answer(model, tokens.to(device), asked).split([len(where), len(verb)])
-        losses.append(F.cross_entropy(words, right.to(device), reduction="none"))
+            states = read(model, tokens.to(device), torch.cat([where, verb]).to(device))
+            for said, word in zip(states[:len(where)].split(WORDS_AT_ONCE),
+                                  right.to(device).split(WORDS_AT_ONCE)):
+                losses.append(F.cross_entropy(model.head(said).float(), word, reduction="none"))
+            verbs = model.head(states[len(where):]).float()
         if objective == "lm":
             verbs = verbs.log_softmax(dim=1).gather(1, batch["forms"].to(device))
         logits.append(verbs.cpu())
@@ -531,7 +533,7 @@ def train(args, data):
                "weight_decay": config[f"{role}weight_decay"]} for role, model in learners.items()]
     lengths, epochs = split["lengths"], config["epochs"]
     batch_size = min(config["batch_size"], len(lengths))
-    steps = len(lengths) // batch_size
+    steps, at_once = len(lengths) // batch_size, WORDS_AT_ONCE if objective == "lm" else 10**6
     optimizer = torch.optim.AdamW(groups, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=[group["lr"] for group in groups], pct_start=0.25,
@@ -549,28 +551,36 @@ def train(args, data):
         start, total_loss = time.perf_counter(), 0.0
         student.train()
         for step, batch in enumerate(batches_by_length(lengths, batch_size, order), 1):
-            optimizer.zero_grad()
-            words = int(lengths[batch].sum()) - batch_size  # that a language model says
-            # Where they are many, the gradients of parts of the batch are added up.
-            parts = math.ceil(words / WORDS_AT_ONCE) if objective == "lm" else 1
-            for part in batch.chunk(parts):
-                sentences = take(split, part)
-                x, where, y = (tensor.to(device) for tensor in questions(sentences, answers))
-                with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
-                    logits = answer(student, x, where)
-                    if kd == "online" or (kd and objective == "lm"):
-                        soft = answer(teacher, x, where)
+            sentences = take(split, batch)
+            x, where, y = (tensor.to(device) for tensor in questions(sentences, answers))
+            with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
+                states = read(student, x, where)
                 if "soft" in split:
                     soft = sentences["soft"][:, :x.shape[1]].flatten(0, 1).to(device)[where]
+                elif kd:
+                    soft = read(teacher, x, where)
 
-                loss = F.cross_entropy(logits, y) if not kd else common.kd_loss(
-                    logits, soft, y, config["temperature"], config["alpha"])
+            # Head and loss take a language model's words in parts, which is faster and smaller. The
+            # gradients of the parts meet at the states, in these copies, and then go on together.
+            optimizer.zero_grad()
+            copy = states.detach().requires_grad_()
+            soft_copy = soft.detach().requires_grad_(kd == "online") if kd else copy
+            for said, taught, right in zip(*(all_answers.split(at_once) for all_answers in (
+                    copy, soft_copy, y))):
+                with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
+                    logits = student.head(said).float()
+                    if kd and "soft" not in split:
+                        taught = teacher.head(taught).float()
+                loss = F.cross_entropy(logits, right) if not kd else common.kd_loss(
+                    logits, taught, right, config["temperature"], config["alpha"])
                 if kd == "online":  # reaches the teacher alone, as the KD loss the student alone
-                    loss = loss + F.cross_entropy(soft, y)
-                if parts > 1:
-                    loss = loss * len(y) / words
+                    loss = loss + F.cross_entropy(taught, right)
+                loss = loss * len(right) / len(y)
                 loss.backward()
                 total_loss += loss.detach()  # no .item(): a GPU would wait for it in every step
+            states.backward(copy.grad)
+            if kd == "online":
+                soft.backward(soft_copy.grad)
             for group in groups:
                 nn.utils.clip_grad_norm_(group["params"], 1.0)
             optimizer.step()
