@@ -127,10 +127,8 @@ def linear_cka(representations_a, representations_b):
 
 
 def find_run(folder, config):
-    """What run.json in `folder` says; None where no run is finished.
-
-    Ends the program with one line where it can't be read, or belongs to another configuration.
-    """
+    """What run.json in `folder` says; None where no run is finished. Ends the program with one
+    line where it can't be read, or belongs to another configuration."""
     if not (folder / "run.json").exists():
         return None
     try:
@@ -145,17 +143,15 @@ def find_run(folder, config):
     return record
 
 
-def apply_flags(args, config, flags):
-    """(run name, configuration) with the flags that are not at their default, as in `config`.
-
-    They enter both, so runs never collide: cnn-to-mlp-temperature5, mlp-epochs40-lr0.05.
-    """
+def apply_flags(args, config):
+    """(run name, configuration): flags that are not at their default, as in `config`, enter both.
+    So runs never collide: cnn-to-mlp-temperature5, mlp-epochs40-lr0.05."""
     name, config = args.student, dict(config)
     if args.kd:
-        name = f"{args.teacher}-to-{args.student}"
-        name += "" if args.kd == "offline" else f"-{args.kd}"
-    for flag in flags:
-        value, keys = getattr(args, flag), {flag, f"teacher_{flag}"} & set(config)
+        name = f"{args.teacher}-to-{args.student}" + {"offline": ""}.get(args.kd, f"-{args.kd}")
+    for flag in ("examples", "epochs", "batch_size", "lr", "temperature", "alpha", "teacher_seed",
+                 "answers"):
+        value, keys = getattr(args, flag, None), {flag, f"teacher_{flag}"} & set(config)
         if value is not None and any(config[key] != value for key in keys):
             config |= dict.fromkeys(keys, value)
             name += f"-{value}" if flag == "answers" else f"-{flag.replace('_', '-')}{value:.10g}"
@@ -171,11 +167,9 @@ def environment(args, script):
 
 
 def save_run(folder, record, outputs, model):
-    """Write `record` to run.json, {name: array} to outputs.npz, the model's weights to model.pt.
-
-    They are written beside their place and renamed: a run appears whole or not at all. Of two
-    writers the first stays. NaN and infinity, which JSON has no words for, become null.
-    """
+    """Write `record` to run.json, {name: array} to outputs.npz, the model's weights to model.pt:
+    beside their place, then renamed, so that a run appears whole or not at all. Of two writers the
+    first stays. NaN and infinity, which JSON has no words for, become null."""
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     valid = json.loads(json.dumps(record), parse_constant=lambda _: None)
     try:

@@ -27,8 +27,8 @@ import common
 
 # One recipe for all setups of a model. Chosen on the validation digits, also scaled and translated,
 # three seeds. Epochs for all digits: n times fewer get sqrt(n) times as many.
-RECIPES = {"mlp": {"epochs": 24, "batch_size": 512, "lr": 0.4, "weight_decay": 5e-4},
-           "cnn": {"epochs": 6, "batch_size": 256, "lr": 0.1, "weight_decay": 5e-4}}
+RECIPES = {"mlp": {"epochs": 24, "batch_size": 512, "lr": 0.4},
+           "cnn": {"epochs": 6, "batch_size": 256, "lr": 0.1}}
 TEMPERATURE = 20.0
 EXAMPLES = 60_000
 TESTS = ("test", "scaled", "translated")
@@ -51,10 +51,8 @@ def mlp():
 
 
 def cnn():
-    """A maximum over all positions forgets where a digit stands and how large it is.
-
-    Padding lets every position see the same filters; windows that overlap hide the sampling grid.
-    """
+    """A maximum over all positions forgets where a digit stands and how large it is. Padding lets
+    every position see the same filters; windows that overlap hide the sampling grid."""
     return network(
         nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.AvgPool2d(4, 2, 1), nn.BatchNorm2d(16),
         nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(4, 2, 1), nn.BatchNorm2d(32),
@@ -123,10 +121,9 @@ def synthetic_digits(n, seed):
 def load_data(args):
     """{"train", "validation", "test", "scaled", "translated": (images, labels)}; sets args.data.
 
-    --data auto: MNIST if it can be had, else synthetic digits, with a warning. The last twelfth of
-    the first --examples training digits is for validation; each test has a sixth as many. Scaled to
-    0.7, or translated by 3 pixels in both axes, each sign drawn at random: as MNIST-C's "scale" and
-    "translate" at severity 3 (Mu & Gilmer 2019, arXiv 1906.02337).
+    The last twelfth of the training digits is for validation; each test has a sixth as many. Scaled
+    to 0.7, or translated by 3 pixels in both axes, each sign drawn at random: as MNIST-C's "scale"
+    and "translate" at severity 3 (Mu & Gilmer 2019, arXiv 1906.02337).
     """
     examples = args.examples or EXAMPLES
     train, n = examples - examples // 12, examples // 6
@@ -194,14 +191,13 @@ def configure(args, **changes):
         models["teacher_"] = args.teacher
         config |= {"teacher": args.teacher, "teacher_seed": args.seed + 1,
                    "temperature": TEMPERATURE, "alpha": 1.0}
+    fewer = EXAMPLES / (args.examples or EXAMPLES)
     for role, model in models.items():
         config |= {role + key: value for key, value in RECIPES[model].items()}
-        fewer = EXAMPLES / (args.examples or EXAMPLES)
         config[f"{role}epochs"] = int(RECIPES[model]["epochs"] * fewer**0.5)
     if args.kd == "online":  # the teacher learns in the student's batches
         del config["teacher_epochs"], config["teacher_batch_size"]
-    name, config = common.apply_flags(args, config, (
-        "examples", "epochs", "batch_size", "lr", "temperature", "alpha", "teacher_seed"))
+    name, config = common.apply_flags(args, config)
     task = "mnist" if args.data == "mnist" else "mnist-synthetic"
     return args.out / task / name / f"seed{args.seed}", config
 
@@ -229,7 +225,6 @@ def train(args, data):
         print(f"{folder} is finished: delete it to repeat it")
         return record
     images, labels = data["train"]
-
     if kd:
         teacher = build_model(args.teacher, args.teacher_seed, device)
     if kd in ("offline", "permuted"):
@@ -241,27 +236,26 @@ def train(args, data):
     if kd == "permuted":
         torch.manual_seed(args.seed)
         for label in range(10):
-            own = (labels == label).nonzero().squeeze(1)  # the digits of this label
+            own = (labels == label).nonzero().squeeze(1)
             teacher_logits[own] = teacher_logits[own[torch.randperm(len(own), device=device)]]
 
     # The student and, online, the teacher that learns beside it: a parameter group for each.
     student = build_model(args.student, args.seed, device)
     learners = {"": student} | ({"teacher_": teacher} if kd == "online" else {})
-    groups = [{"params": model.parameters(), "lr": config[f"{role}lr"],
-               "weight_decay": config[f"{role}weight_decay"]} for role, model in learners.items()]
+    groups = [{"params": model.parameters(), "lr": config[f"{role}lr"]}
+              for role, model in learners.items()]
     epochs, batch_size = config["epochs"], min(config["batch_size"], len(labels))
     steps = len(labels) // batch_size  # the incomplete last batch is left out
-    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=[group["lr"] for group in groups], pct_start=0.25,
         total_steps=max(epochs * steps, 5))  # it divides by zero below 5
-
     sizes = {name: len(y) for name, (_, y) in data.items()}
     sizes["parameters"] = sum(parameter.numel() for parameter in student.parameters())
-    print(f"\n{folder}, on {device}: {sizes['train']:,} digits, {sizes['parameters']:,} parameters, "
-          f"{epochs} epochs of {steps} batches")
-    probe = data["test"][0][:1000]
-    history, snapshots, begin = [], {0: evaluate(student, probe, args.amp)[1]}, time.perf_counter()
+    print(f"\n{folder}, on {device}: {sizes['train']:,} digits, {sizes['parameters']:,} "
+          f"parameters, {epochs} epochs of {steps} batches")
+    history, begin, probe = [], time.perf_counter(), data["test"][0][:1000]
+    snapshots = {0: evaluate(student, probe, args.amp)[1]}
     # The order of the batches depends on the seed alone: twins see the same batches.
     order = torch.Generator().manual_seed(args.seed)
     for epoch in range(1, epochs + 1):
@@ -282,7 +276,6 @@ def train(args, data):
                 logits, soft, y, config["temperature"], config["alpha"])
             if kd == "online":  # reaches the teacher alone, as the KD loss the student alone
                 loss = loss + F.cross_entropy(soft, y)
-
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -337,8 +330,8 @@ def parse_arguments(argv=None):
     add("--student", choices=MODELS, default="mlp", help="model to train")
     add("--teacher", choices=MODELS, help="model to learn from (default: the student's kind)")
     add("--kd", nargs="?", const="offline", choices=["offline", "online", "permuted"],
-        help="distil: from a trained teacher (plain --kd); online: both are trained together; "
-             "permuted: as offline, the soft labels permuted among the digits of one label")
+        help="distil from a trained teacher (plain --kd); online: train both together; permuted: "
+             "permute the soft labels among the digits of one label")
     add("--temperature", type=float, help=f"softens both outputs (default: {TEMPERATURE:g})")
     add("--alpha", type=float, help="share of the KD loss, the rest: cross-entropy (default: 1)")
     for flag, kind in (("--epochs", int), ("--batch-size", int), ("--lr", float)):

@@ -5,11 +5,10 @@
     python train_sva.py --teacher lstm --student transformer-seq --kd         # distillation
     python train_sva.py --teacher lstm --student transformer-seq --kd --objective lm
 
-"The keys near the cabinet ..." is or are? The number of the subject decides, not that of the nouns
-in between (the attractors). They are rare in training and frequent in the test, which so asks for
-the inductive bias. Every run leaves run.json, outputs.npz and model.pt in runs/sva-<data>/
-<run name>/seed<k>/ (sva-lm-<data>: language models). After Abnar, Dehghani & Zuidema 2020 (arXiv
-2006.00555).
+"The keys near the cabinet ..." is or are? The subject decides, not the nouns in between (the
+attractors). They are rare in training and frequent in the test, which so asks for the inductive
+bias. Every run leaves run.json, outputs.npz and model.pt in runs/sva-<data>/<run name>/seed<k>/
+(sva-lm-<data>: language models). After Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 """
 
 import argparse
@@ -17,6 +16,7 @@ import functools
 import gzip
 import math
 import operator
+import os
 import random
 import statistics
 import sys
@@ -26,7 +26,6 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,11 +33,10 @@ import torch.nn.functional as F
 import common
 
 # One recipe for all setups of a model. Chosen on sentences of another seed of an older grammar.
-RECIPES = {
-    ("classification", "lstm"): {"batch_size": 128, "lr": 3e-3, "weight_decay": 0.01},
-    ("classification", "transformer"): {"batch_size": 128, "lr": 1e-3, "weight_decay": 0.01},
-    ("lm", "lstm"): {"batch_size": 32, "lr": 6e-3, "weight_decay": 0.01},
-    ("lm", "transformer"): {"batch_size": 64, "lr": 2e-3, "weight_decay": 0.01}}
+RECIPES = {("classification", "lstm"): {"batch_size": 128, "lr": 3e-3},
+           ("classification", "transformer"): {"batch_size": 128, "lr": 1e-3},
+           ("lm", "lstm"): {"batch_size": 32, "lr": 6e-3},
+           ("lm", "transformer"): {"batch_size": 64, "lr": 2e-3}}
 TEMPERATURE = {"classification": 2.0, "lm": 1.0}
 SENTENCES_READ, MOST_EPOCHS = 560_000, 32  # the fewer sentences, the more often each is read
 SYNTHETIC_EXAMPLES = 750
@@ -56,7 +54,6 @@ WORDS_AT_ONCE = 256  # (words, vocabulary) is what takes a language model's time
 
 class LSTM(nn.Module):
     """Embedding, two LSTM layers, linear head. It reads from left to right: padding is harmless."""
-
     causal = True
 
     def __init__(self, vocabulary, outputs, width, dropout=0.25):
@@ -93,12 +90,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm Transformer with learned positions.
-
-    causal: a word sees the words before it (Transformer-seq); else it sees all, and every state is
-    that of a class token in front. shared: one layer serves at every depth, told apart by a learned
-    embedding (Universal Transformer, Dehghani et al. 2019, arXiv 1807.03819, sec. 2.1).
-    """
+    """Pre-norm, learned positions. causal: a word sees the words before it (Transformer-seq); else it
+    sees all, and every state is that of a class token in front. shared: one layer serves at every
+    depth, told apart by a learned embedding (Universal Transformer, Dehghani et al. 2019, arXiv
+    1807.03819, sec. 2.1)."""
 
     def __init__(self, vocabulary, outputs, width, layers=3, causal=True, shared=False):
         super().__init__()
@@ -115,7 +110,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(embedding.weight, std=0.1)
 
     def states(self, tokens):
-        x, mask = self.embedding(tokens), None  # without a mask: causal, so padding comes too late
+        x, mask = self.embedding(tokens), None  # None: causal, so padding comes too late
         if not self.causal:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
             mask = F.pad(tokens != PAD, (1, 0), value=True)[:, None, None]
@@ -168,8 +163,8 @@ NATURAL, BALANCED = (80, 13, 5, 1, 1), (20, 20, 20, 20, 20)  # % with 0, 1, 2, 3
 
 
 def expand(symbol, plural, rng, others=None):
-    """The words that `symbol` becomes, by chance. plural: its number, None if it has none;
-    others: the number of every [m], instead of chance."""
+    """The words that `symbol` becomes, by chance. plural: its number, if it has one; others: the
+    number of every [m], instead of chance."""
     if symbol in WORDS:
         word = rng.choice(WORDS[symbol])
         return [word + "s" if plural is (symbol == "N") else word]
@@ -184,8 +179,7 @@ def expand(symbol, plural, rng, others=None):
 
 
 def draw_sentence(rng, hard):
-    """The verb agrees with the head of the subject, neither with the first noun nor with the last;
-    hard: all nouns between them are attractors."""
+    """hard: all nouns between the head of the subject and the verb are attractors."""
     plural = rng.random() < 0.5
     opening, rest = expand("OPENING", None, rng), expand("VP", plural, rng)
     subject = expand("NP", plural, rng, others=not plural if hard else None)
@@ -196,9 +190,8 @@ def draw_sentence(rng, hard):
 
 
 def synthetic_sentences(examples, seed=0):
-    """{"train", "validation", "test": [Sentence]}: `examples` for training, a quarter for validation,
-    twice as many for the test, but at most 500 and 2,000. None of these has the words before the
-    verb of a training sentence."""
+    """{"train", "validation", "test": [Sentence]}: `examples`, a fourth and twice as many, at most
+    2,000. The last two never have the words before the verb of a training sentence."""
     rng, parts, seen = random.Random(seed), {}, set()
     for name, size, shares in (("train", examples, NATURAL),
                                ("validation", examples // 4, NATURAL),
@@ -249,16 +242,15 @@ def load_sentences(args):
     if not files[0].exists():
         files = [args.data_dir / TABLE]
     if args.data == "linzen" and not files[0].exists():
-        print(f"fetching {URL}")
         try:
             args.data_dir.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, files[0])
         except OSError as error:
-            sys.exit(f"error: {error}: put {TABLE} into {args.data_dir}, or use --data synthetic")
+            sys.exit(f"error: {URL}: {error}: put it into {args.data_dir}, or use --data synthetic")
     if args.data == "auto" and not files[0].exists():
         args.data = "synthetic"
-        print(f"*** WARNING: no train.tsv or {TABLE} in {args.data_dir}. These are SYNTHETIC "
-              "sentences:\n*** no figure of this run is about English.", file=sys.stderr)
+        print(f"*** WARNING: no train.tsv or {TABLE} in {args.data_dir}:\n*** SYNTHETIC "
+              "sentences; no figure of this run is about English.", file=sys.stderr)
     args.files, args.available = {}, SYNTHETIC_EXAMPLES
     if args.data == "synthetic":
         return synthetic_sentences(args.examples or SYNTHETIC_EXAMPLES)
@@ -266,20 +258,20 @@ def load_sentences(args):
     tables = [read_table(path) for path in files]
     if len(files) == 1:
         random.Random(0).shuffle(tables[0])  # once; 10 % and 1 %, as in the paper
-        first, second = len(tables[0]) // 10, len(tables[0]) // 10 + len(tables[0]) // 100
+        first, second = len(tables[0]) // 10, len(tables[0]) * 11 // 100
         tables = [tables[0][:first], tables[0][first:second], tables[0][second:]]
     args.available = len(tables[0])
     if args.examples and args.examples > args.available:
         sys.exit(f"error: --examples: there are {args.available:,} training sentences")
-    if args.examples:
+    if args.examples and args.examples < args.available:
         tables[0] = random.Random(0).sample(tables[0], args.examples)
     return dict(zip(names, tables))
 
 
 def other_form(verb, plural, vocabulary):
-    """The other number's form of `verb`, if it is in the vocabulary; else None."""
-    irregular = {"is": "are", "has": "have", "was": "were", "does": "do",
-                 "VBZ": "VBP"}  # a rare verb stands as its tag
+    """The other number's form of `verb`, if it is in the vocabulary; else None. A rare verb stands
+    as its tag."""
+    irregular = {"is": "are", "has": "have", "was": "were", "does": "do", "VBZ": "VBP"}
     regular = verb[:-1], verb[:-2], verb[:-3] + "y"
     if plural:
         irregular = {plural: singular for singular, plural in irregular.items()}
@@ -294,9 +286,8 @@ def other_form(verb, plural, vocabulary):
 
 
 def encode(sentences, vocabulary, objective):
-    """The split of these sentences. A classifier reads the words before the verb; a language model
-    START, the whole sentence, END, without sentences where one form of the verb is unknown.
-    answer_at: the last token before the verb."""
+    """A split. A classifier reads the words before the verb; a language model START, the whole
+    sentence, END, if both forms of the verb are known. answer_at: the last token before the verb."""
     @functools.cache  # the verbs are few
     def tokens_of_forms(verb, plural):
         forms = [vocabulary.get(verb), vocabulary.get(other_form(verb, plural, vocabulary))]
@@ -309,18 +300,14 @@ def encode(sentences, vocabulary, objective):
         if len(words) > LONGEST_SENTENCE or (lm and UNKNOWN in forms):
             continue
         row = [vocabulary.get(word, UNKNOWN) for word in (words if lm else words[:verb])]
-        rows.append([START, *row, END] if lm else row)
+        rows.append(torch.tensor([START, *row, END] if lm else row, dtype=torch.int16))
         columns.append((len(rows[-1]), verb if lm else verb - 1, plural, attractors, distance,
                         *forms))
     if not rows:
         sys.exit("error: no sentence is left: use more --examples")
-    tokens = np.full((len(rows), max(map(len, rows))), PAD, dtype=np.int16)
-    for padded, row in zip(tokens, rows):
-        padded[:len(row)] = row
-    lengths, answer_at, labels, attractors, distance, *forms = torch.tensor(columns).T
-    return {"tokens": torch.from_numpy(tokens), "lengths": lengths, "answer_at": answer_at,
-            "labels": labels, "attractors": attractors, "distance": distance,
-            "forms": torch.stack(forms, dim=1)}
+    names = "lengths", "answer_at", "labels", "attractors", "distance"
+    split = dict(zip(names, torch.tensor(columns).T), forms=torch.tensor(columns)[:, -2:])
+    return split | {"tokens": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)}
 
 
 def take(split, chosen):
@@ -328,8 +315,8 @@ def take(split, chosen):
 
 
 def load_data(args):
-    """{"train", "validation", "test", "probe": split}; probe: at most 1,000 test sentences. Sets
-    args.tokens, how many there are; the vocabulary is that of the training sentences."""
+    """{"train", "validation", "test", "probe": split}; probe: at most 1,000 test sentences. The
+    vocabulary is that of the training sentences; sets args.tokens, its size."""
     sentences = load_sentences(args)
     counts = Counter(word for sentence in sentences["train"] for word in sentence.text.split())
     ranked = sorted(counts, key=lambda word: (-counts[word], word))[:VOCABULARY_SIZE]
@@ -342,12 +329,9 @@ def load_data(args):
 
 
 def batches_by_length(lengths, batch_size, generator):
-    """One epoch: (batches, batch_size) sentence numbers; a batch holds similar lengths.
-
-    The sentences are shuffled and cut into windows of 50 batches, each sorted by length: little
-    padding, much chance. What doesn't fill a batch is left out before the sorting: after it, it
-    would always be the longest sentences.
-    """
+    """One epoch: (batches, batch_size) sentence numbers. Shuffled sentences are cut into windows of
+    50 batches, each sorted by length: little padding, much chance. What doesn't fill a batch is left
+    out before: after, it would be the longest."""
     order = torch.randperm(len(lengths), generator=generator)
     order = order[:len(order) // batch_size * batch_size]
     window = torch.arange(len(order)) // (50 * batch_size)
@@ -357,11 +341,8 @@ def batches_by_length(lengths, batch_size, generator):
 
 
 def questions(batch, answers):
-    """(tokens to read, where to answer in the flattened tokens, right answers) of a batch.
-
-    answers: a classifier's after the "last" or after "every" word; a language model's "next" words.
-    On the CPU, so that a GPU never waits for their number.
-    """
+    """(tokens to read, where to answer in the flattened tokens, right answers). answers: after the
+    "last" or "every" word, or the "next" words. On the CPU: a GPU never waits for their number."""
     tokens = batch["tokens"][:, :batch["lengths"].max()].long()
     right, asked = batch["labels"][:, None].expand_as(tokens), tokens != PAD
     if answers == "next":
@@ -424,11 +405,8 @@ def answer_every_word(model, split, amp, device):
 
 
 def test_all(model, data, objective, amp, device):
-    """({"test": metrics}, {"test_logits", "test_labels": tensor}).
-
-    A-accuracy (Abnar et al. 2020, sec. 3.1): mean of the accuracies at 0, 1, 2, 3 and 4 or more
-    attractors; D-accuracy: over distances 1..16; None where they are unknown.
-    """
+    """({"test": metrics}, {"test_logits", "test_labels": tensor}). A-accuracy: mean over 0, 1, 2, 3
+    and 4 or more attractors, D-accuracy: over distances 1..16 (Abnar et al. 2020, sec. 3.1)."""
     split = data["test"]
     logits, loss = evaluate(model, split, objective, amp, device)
     correct = (logits.argmax(dim=1) == split["labels"]).double()
@@ -452,10 +430,8 @@ def reads_both_ways(*names):
 
 
 def configure(args, **changes):
-    """(folder, configuration) of the run that `args` describe, with some changes.
-
-    Results depend on the configuration alone; device and precision are no part of it.
-    """
+    """(folder, configuration) of the run that `args` describe, with some changes. Results depend on
+    the configuration alone; device and precision are no part of it."""
     args = argparse.Namespace(**vars(args) | changes)
     config = {"task": "sva", "objective": args.objective, "data": args.data, "files": args.files,
               "examples": args.available, "student": args.student, "seed": args.seed,
@@ -469,16 +445,13 @@ def configure(args, **changes):
         config["answers"] = "next"
     elif args.kd and not reads_both_ways(*models.values()):
         config["answers"] = "every"
+    epochs = max(2, min(MOST_EPOCHS, SENTENCES_READ // (args.examples or args.available)))
     for role, model in models.items():
         recipe = RECIPES[args.objective, "lstm" if model.startswith("lstm") else "transformer"]
-        config |= {role + key: value for key, value in recipe.items()}
-        epochs = SENTENCES_READ // (args.examples or args.available)
-        config[f"{role}epochs"] = max(2, min(epochs, MOST_EPOCHS))
+        config |= {role + key: value for key, value in {"epochs": epochs, **recipe}.items()}
     if args.kd == "online":  # the teacher learns in the student's batches
         del config["teacher_epochs"], config["teacher_batch_size"]
-    name, config = common.apply_flags(args, config, (
-        "examples", "epochs", "batch_size", "lr", "temperature", "alpha", "teacher_seed",
-        "answers"))
+    name, config = common.apply_flags(args, config)
     task = f"sva-lm-{args.data}" if args.objective == "lm" else f"sva-{args.data}"
     return args.out / task / name / f"seed{args.seed}", config
 
@@ -500,23 +473,20 @@ def relatives(args):
 
 def train(args, data):
     """Train, test and save the run that `args` describe, unless that is done; returns its record.
-
-    The teacher of offline distillation is such a run too: it is loaded, or trained first.
-    """
+    The teacher of offline distillation is such a run too: it is loaded, or trained first."""
     (folder, config), device, kd = configure(args), args.device, args.kd
     record = common.find_run(folder, config)
     if record:
         print(f"{folder} is finished: delete it to repeat it")
         return record
     objective, answers, split = args.objective, config["answers"], data["train"]
-
     if kd:
         teacher = build_model(args.teacher, args.teacher_seed, args.tokens, objective, device)
     if kd in ("offline", "permuted"):
         plain = {"student": args.teacher, "seed": args.teacher_seed, "kd": None, "answers": None}
         teacher_metrics = train(argparse.Namespace(**vars(args) | plain), data)["metrics"]
         common.load_weights(teacher, configure(args, **plain)[0]).eval().requires_grad_(False)
-        if objective == "classification":  # nothing of it changes: it is asked once for each word
+        if objective == "classification":  # it never changes: it is asked once for each word
             split = split | {"soft": answer_every_word(teacher, split, args.amp, device)}
     if kd == "permuted":
         torch.manual_seed(args.seed)
@@ -529,22 +499,22 @@ def train(args, data):
     # The student and, online, the teacher that learns beside it: a parameter group for each.
     student = build_model(args.student, args.seed, args.tokens, objective, device)
     learners = {"": student} | ({"teacher_": teacher} if kd == "online" else {})
-    groups = [{"params": list(model.parameters()), "lr": config[f"{role}lr"],
-               "weight_decay": config[f"{role}weight_decay"]} for role, model in learners.items()]
+    groups = [{"params": list(model.parameters()), "lr": config[f"{role}lr"]}
+              for role, model in learners.items()]
     lengths, epochs = split["lengths"], config["epochs"]
     batch_size = min(config["batch_size"], len(lengths))
     steps, at_once = len(lengths) // batch_size, WORDS_AT_ONCE if objective == "lm" else 10**6
-    optimizer = torch.optim.AdamW(groups, fused=True)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=[group["lr"] for group in groups], pct_start=0.25,
         total_steps=max(epochs * steps, 5))  # it divides by zero below 5
-
     sizes = {name: len(part["labels"]) for name, part in data.items()} | {"tokens": args.tokens}
     sizes["parameters"] = sum(parameter.numel() for parameter in student.parameters())
-    print(f"\n{folder}: {sizes['parameters']:,} parameters, {epochs} epochs of {steps} batches")
+    print(f"\n{folder}, on {device}: {sizes['train']:,} sentences, {sizes['parameters']:,} "
+          f"parameters, {epochs} epochs of {steps} batches")
     history, begin = [], time.perf_counter()
     snapshots = {0: represent(student, data["probe"], args.amp, device)}
-    # Dropout and the order of the batches depend on the seed alone: twins see the same batches.
+    # Dropout and the order of the batches depend on the seed alone.
     torch.manual_seed(args.seed)
     order = torch.Generator().manual_seed(args.seed)
     for epoch in range(1, epochs + 1):
@@ -560,13 +530,12 @@ def train(args, data):
                 elif kd:
                     soft = read(teacher, x, where)
 
-            # Head and loss take a language model's words in parts, which is faster and smaller. The
-            # gradients of the parts meet at the states, in these copies, and then go on together.
+            # Head and loss take a language model's words in parts: faster and smaller. Gradients of
+            # the parts meet at these copies of the states, then go on together.
             optimizer.zero_grad()
             copy = states.detach().requires_grad_()
             soft_copy = soft.detach().requires_grad_(kd == "online") if kd else copy
-            for said, taught, right in zip(*(all_answers.split(at_once) for all_answers in (
-                    copy, soft_copy, y))):
+            for said, taught, right in zip(*(x.split(at_once) for x in (copy, soft_copy, y))):
                 with torch.autocast("cpu", torch.bfloat16, enabled=args.amp):
                     logits = student.head(said).float()
                     if kd and "soft" not in split:
@@ -626,7 +595,6 @@ def print_results(args, record):
         cells = ["not there yet: the same command without --kd and its flags"] if not tests else [
             f"{tests['test'][name] or math.nan:.4f}" for name in names]
         print(f"{role:<16}" + "".join(f"{cell:<12}" for cell in cells))
-    print(f"all in {configure(args)[0]}")
 
 
 def parse_arguments(argv=None):
@@ -636,12 +604,12 @@ def parse_arguments(argv=None):
     add("--student", choices=MODELS, default="transformer-seq", help="model to train")
     add("--teacher", choices=MODELS, help="model to learn from (default: the student's kind)")
     add("--kd", nargs="?", const="offline", choices=["offline", "online", "permuted"],
-        help="distil: from a trained teacher (plain --kd); online: both are trained together; "
-             "permuted: as offline, the soft labels permuted among the answers of one label")
+        help="distil from a trained teacher (plain --kd); online: train both together; permuted: "
+             "permute the soft labels among the answers of one label")
     add("--objective", choices=["classification", "lm"], default="classification",
         help="the verb's number from the words before it, or the next word")
-    add("--answers", choices=["last", "every"], help="a classifier's, in training: after the last "
-        "word before the verb or after every word (default: every with --kd, else last)")
+    add("--answers", choices=["last", "every"],
+        help="classifiers learn after the last or every word (default: every with --kd, else last)")
     add("--temperature", type=float, help="softens both outputs (default: 2, language models 1)")
     add("--alpha", type=float, help="share of the KD loss, the rest: cross-entropy (default: 1)")
     for flag, kind in (("--epochs", int), ("--batch-size", int), ("--lr", float)):
@@ -649,8 +617,7 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0, help="initialisation, order of the batches, dropout")
     add("--teacher-seed", type=int, help="(default: seed + 1)")
     add("--data", choices=["auto", "linzen", "synthetic"], default="auto",
-        help="linzen: real sentences, fetched if --data-dir has none; auto: those in --data-dir, "
-             "else sentences of a grammar")
+        help="real (auto: if they are in --data-dir; linzen: else fetched) or of a grammar")
     add("--examples", type=int, help="training sentences (default: all, or 750 synthetic ones)")
     add("--data-dir", type=Path, default="data", help="where the sentences are or are fetched to")
     add("--out", type=Path, default="runs", help="folder for runs")
@@ -671,15 +638,14 @@ def parse_arguments(argv=None):
         parser.error("--teacher-seed must not be the student's own")
     if args.objective == "lm" and (args.answers or args.kd == "permuted"):
         parser.error("--answers and --kd permuted are for classifiers")
-    if args.objective == "lm" or args.answers == "every":
-        for model in (args.student, args.teacher):
-            if reads_both_ways(model):
-                parser.error(f"{model} reads both ways, so it can't answer after every word")
+    every = args.objective == "lm" or args.answers == "every"
+    if every and reads_both_ways(args.student, args.teacher):
+        parser.error("a model that reads both ways can't answer after every word")
     try:
         torch.empty(1, device=args.device)
         args.out.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, AssertionError, OSError) as error:
-        parser.error(f"--device or --out: {str(error).splitlines()[0]}")
+        parser.error(str(error).splitlines()[0])
     args.amp = args.amp and args.device.type == "cpu"  # GPUs have TF32
     return args
 
@@ -687,9 +653,9 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
-    data = load_data(args)
-    print(f"{args.data}, {len(data['train']['labels']):,} training sentences, on {args.device}")
-    print_results(args, train(args, data))
+    # oneDNN keeps a program for each shape of a batch: 2 GB in all.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    print_results(args, train(args, load_data(args)))
 
 
 if __name__ == "__main__":
