@@ -3,25 +3,21 @@
     python analyze.py runs                                    # answer, tables, claims
     python analyze.py runs --csv runs.csv --plots figures     # one line a run, and figures
 
-Every run is a row of numbers: from run.json, from comparisons of outputs.npz, from model.pt. All
-that is shown reads these rows. run.json says which runs belong together; each setting, such as
-another temperature, is a kind of run of its own. Tables: "own teacher", "other strong", "own kind":
-compared with its teacher, with strong models that did not teach it, with plain models of its kind;
-"solutions": the barrier from the untaught twin, for plain runs from the next seed, and how far the
-seeds of a kind are apart.
+Every run is a row of numbers, and all that is shown reads these rows. run.json says which runs
+belong together; each setting, such as another temperature, is a kind of run of its own.
 """
 
 import argparse
 import csv
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import re
-import statistics
 import sys
+from itertools import combinations, groupby, product
 from pathlib import Path
+from statistics import fmean, pstdev, stdev
 
 import numpy as np
 import torch
@@ -36,14 +32,13 @@ import train_sva
 STRONGER = {"mlp": "cnn", "transformer": "lstm", "transformer-seq": "lstm", "ut-seq": "lstm"}
 OUT_OF_DISTRIBUTION = {"mnist": ("scaled", "translated"), "sva": ("test",)}
 ACCURACY = {"mnist": "accuracy", "sva": "a_accuracy"}  # the one that asks for the bias
-COMPARED_EXAMPLES = 10_000  # of each test
-BARRIER_POINTS, BARRIER_EXAMPLES = 21, 250
+COMPARED_EXAMPLES, BARRIER_POINTS, BARRIER_EXAMPLES = 10_000, 21, 250
 MARGIN = 0.05  # a difference inside +-MARGIN is little
-# Quantiles of Student's t for a 95 % interval, by the number of values; from 12 on the last one.
+# 97.5 % quantiles of Student's t, by the number of values; from 12 on the last one.
 T = dict(zip(range(3, 13), (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)))
 
-# Each compares two kinds of run in a column of the table of runs. Sign: 1, more is better; -1, less
-# is better; 0, the difference should be little.
+# (claim, column of the table of runs, sign, one kind of run, against another). Sign 1: more is
+# better; -1: less is; 0: the difference should be little.
 CLAIMS = [
     ("the stronger bias generalises better", "OOD: accuracy", 1, "strong", "plain"),
     ("teaching improves accuracy", "OOD: accuracy", 1, "taught", "plain"),
@@ -63,15 +58,12 @@ HEADLINES = [claim for claim, *_ in CLAIMS[1:6]]  # the answer
 
 
 def t_test(values, sign):
-    """(mean, half the width of its 95 % t-interval, verdict); untested for fewer than 3 values.
-
-    supported: the interval, turned by the sign, is above 0; contradicted: below. Sign 0: it lies
-    inside +-MARGIN; outside.
-    """
-    n, mean = len(values), statistics.fmean(values)
+    """(mean, half of its 95 % t-interval, verdict). supported: the interval, turned by the sign, is
+    above 0; contradicted: below. Sign 0: it lies inside +-MARGIN; outside."""
+    n, mean = len(values), fmean(values)
     if n < 3:
         return mean, math.inf, "untested"
-    half = T[min(n, 12)] * statistics.stdev(values) / math.sqrt(n)
+    half = T[min(n, 12)] * stdev(values) / math.sqrt(n)
     distance = sign * mean if sign else MARGIN - abs(mean)
     if abs(distance) <= half:
         return mean, half, "inconclusive"
@@ -79,11 +71,11 @@ def t_test(values, sign):
 
 
 def jackknife(pairs):
-    """One value per seed for the mean over all pairs of seeds: its jackknife pseudo-values.
+    """One value per seed for the mean over all pairs (n, n) of seeds: jackknife pseudo-values.
 
-    pairs: (n, n) symmetric. Means over each seed's own pairs depend on each other, as every pair
-    enters two; the pseudo-values theta + 2 (n-1)/(n-2) (s_i - theta) hardly do (Efron & Stein 1981,
-    "The jackknife estimate of variance", for U-statistics of degree 2).
+    Means over each seed's own pairs depend on each other, as every pair enters two; pseudo-values
+    theta + 2 (n-1)/(n-2) (s_i - theta) hardly do (Efron & Stein 1981, "The jackknife estimate of
+    variance", for U-statistics of degree 2).
     """
     n = len(pairs)
     of_seed = (pairs.sum(dim=1) - pairs.diagonal()) / (n - 1)
@@ -109,15 +101,16 @@ class Run:
         self.record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         self.config, self.metrics = self.record["config"], self.record["metrics"]
         self.student, self.seed = self.config["student"], self.config["seed"]
+        self.place = self.student, bool(self.config["kd"]), self.kind, self.seed
         self.tests = OUT_OF_DISTRIBUTION[self.config["task"]]
         outputs = {name: torch.from_numpy(x) for name, x in np.load(folder / "outputs.npz").items()}
         self.path = dict(zip(outputs["probe_epochs"].tolist(), outputs["probe_representations"]))
         self.answers = {}  # {test: (probabilities, labels)} of the compared examples
         for test in self.metrics:
-            labels, drawn = outputs[f"{test}_labels"], torch.Generator().manual_seed(0)
-            chosen = torch.randperm(len(labels), generator=drawn)[:COMPARED_EXAMPLES]
-            logits = outputs[f"{test}_logits"][chosen].float()
-            self.answers[test] = logits.softmax(dim=1), labels[chosen]
+            logits, labels = outputs[f"{test}_logits"], outputs[f"{test}_labels"]
+            generator = torch.Generator().manual_seed(0)
+            chosen = torch.randperm(len(labels), generator=generator)[:COMPARED_EXAMPLES]
+            self.answers[test] = logits[chosen].softmax(dim=1), labels[chosen]
 
     def role(self):
         """What the run is in a claim: plain, taught (by the stronger kind), ...; else other."""
@@ -136,27 +129,24 @@ class Run:
 
 
 def load_runs(root):
-    """{folder of a task: [Run]}, by student, plain kinds first, then by name and seed."""
+    """{folder of a task: [Run]}, sorted."""
     groups = {}
     for path in sorted(root.glob("**/seed*/run.json")):
         try:
             groups.setdefault(path.parents[2], []).append(Run(path.parent))
         except Exception as error:  # json, zip and numpy have many words for damage
             print(f"left out: {path.parent} is unreadable ({error}): delete it", file=sys.stderr)
-    def place(run):
-        return run.student, bool(run.config["kd"]), run.kind, run.seed
-
-    return {folder: sorted(runs, key=place) for folder, runs in groups.items()}
+    return {folder: sorted(runs, key=lambda run: run.place) for folder, runs in groups.items()}
 
 
 def kinds_of(runs):
     """{name: [Run]}"""
-    return {kind: list(of_kind) for kind, of_kind in itertools.groupby(runs, lambda run: run.kind)}
+    return {kind: list(of_kind) for kind, of_kind in groupby(runs, lambda run: run.kind)}
 
 
 def over_tests(measure):
-    """measure(probabilities of a, of b, labels), mean over the out-of-distribution tests."""
-    return lambda a, b: statistics.fmean(
+    """measure(probabilities of a, of b, labels): its mean over the tests out of distribution."""
+    return lambda a, b: fmean(
         measure(a.answers[test][0], *b.answers[test]) for test in a.tests)
 
 
@@ -166,7 +156,7 @@ COMPARISONS = {
     "JS divergence": over_tests(lambda p, q, y: common.js_divergence(p, q)),
     "CKA": lambda a, b: common.linear_cka(a.path[max(a.path)], b.path[max(b.path)]),
     "RSA": lambda a, b: common.rsa(a.path[max(a.path)], b.path[max(b.path)]),
-    "path distance": lambda a, b: statistics.fmean(
+    "path distance": lambda a, b: fmean(
         1 - common.rsa(a.path[epoch], b.path[epoch]) for epoch in a.path if epoch in b.path)}
 
 
@@ -176,11 +166,9 @@ def compare(name, a, b):
 
 
 def references(run, runs):
-    """{"own teacher", "other strong", "own kind": [Run]}: the plain runs to compare `run` with.
-
-    The last two leave out its teacher and the seeds s and s + 1: so a taught run and its untaught
-    twin are compared with the same models, which taught neither.
-    """
+    """{"own teacher", "other strong", "own kind": [Run]}: the plain runs to compare `run` with. The
+    last two leave out its teacher and the seeds s and s + 1: so a taught run and its untaught twin
+    are compared with the same models, which taught neither."""
     teacher, strong = run.record.get("teacher"), STRONGER.get(run.student, run.student)
     found = {"own teacher": [other for other in runs if other.key == teacher]}
     for whose, model in (("other strong", strong), ("own kind", run.student)):
@@ -197,7 +185,7 @@ def make_rows(runs):
         rows[run.key] = row = {"run": run.kind, "role": run.role(), **run.config}
         for name, metric in (("accuracy", ACCURACY[run.config["task"]]), ("ece", "ece")):
             values = [run.metrics[test][metric] for test in run.tests]
-            row[f"OOD: {name}"] = None if None in values else statistics.fmean(values)
+            row[f"OOD: {name}"] = None if None in values else fmean(values)
         for test, metrics in run.metrics.items():
             attractors = metrics.get("accuracy_by_attractors", {})
             row |= {f"{test}: {name}": x for name, x in metrics.items() if x is not attractors}
@@ -206,28 +194,23 @@ def make_rows(runs):
             for name in COMPARISONS:
                 values = [compare(name, *sorted((run, other), key=lambda each: each.key))
                           for other in others]
-                row[f"{whose}: {name}"] = statistics.fmean(values) if values else None
+                row[f"{whose}: {name}"] = fmean(values) if values else None
     for of_kind in kinds_of(runs).values():  # how far the seeds of a kind are apart
         n = len(of_kind) if len(of_kind) > 2 else 0
         for column, name, alike in (("prediction spread", "JS divergence", 0),
                                     ("representation spread", "CKA", 1)):
             pairs = torch.zeros(n, n, dtype=torch.double)
-            for i, j in itertools.combinations(range(n), 2):
+            for i, j in combinations(range(n), 2):
                 pairs[i, j] = pairs[j, i] = abs(alike - compare(name, of_kind[i], of_kind[j]))
             for run, value in zip(of_kind, jackknife(pairs).tolist()):
                 rows[run.key][f"solutions: {column}"] = value
     return rows
 
 
-# ---- Basins: are two solutions of one architecture connected by low loss? ------------------------
-
-
 def barrier(model, state_a, state_b, measure):
-    """How far measure(model), a loss, rises on the straight way between two states of `model` above
-    the line between its ends; at least 0.
-
-    Frankle et al. 2020 (arXiv 1912.05671), sec. 2; Entezari et al. 2022 (arXiv 2110.06296), eq. 1.
-    """
+    """How far the loss measure(model) rises, on the straight way between two states of `model`,
+    above the line between its ends: Frankle et al. 2020 (arXiv 1912.05671), sec. 2; Entezari et al.
+    2022 (arXiv 2110.06296), eq. 1. At least 0."""
     losses, ways = [], torch.linspace(0, 1, BARRIER_POINTS).tolist()
     for a in ways:
         model.load_state_dict({
@@ -238,11 +221,11 @@ def barrier(model, state_a, state_b, measure):
 
 
 def prepare(config, data_dir):
-    """(name -> new model, model -> training loss on a few examples) for runs on the same data."""
+    """(name -> new model, model -> training loss on a few examples) for runs on these data."""
     cpu = torch.device("cpu")
     args = argparse.Namespace(**config | {"data_dir": data_dir, "device": cpu})
     if args.data != "synthetic":
-        args.data = "auto"  # so that nothing large is fetched
+        args.data = "auto"  # nothing large is fetched
     if args.task == "mnist":
         images, labels = (x[:BARRIER_EXAMPLES] for x in train_mnist.load_data(args)["train"])
         build = functools.partial(train_mnist.build_model, seed=0, device=cpu)
@@ -258,19 +241,18 @@ def prepare(config, data_dir):
         def measure(model):
             return train_sva.evaluate(model, split, args.objective, False, cpu)[1]
     if any(vars(args).get(name) != config.get(name) for name in ("data", "files")):
-        sys.exit(f"error: {data_dir} has other data than the runs: use --data-dir or --no-barriers")
+        sys.exit(f"error: {data_dir} has other data: use --data-dir or --no-barriers")
     return build, measure
 
 
 def add_barriers(rows, runs, data_dir):
-    """The barrier of a taught run from its untaught twin, of a plain run from the next seed."""
+    """Of a taught run from its untaught twin, of a plain run from the next seed."""
     by_key, prepared = {run.key: run for run in runs}, {}
     for run in runs:
         other = by_key.get(run.record.get("untaught", f"{run.kind}/seed{run.seed + 1}"))
         if other:
             examples = run.config["examples"]
-            if examples not in prepared:
-                prepared[examples] = prepare(run.config, data_dir)
+            prepared[examples] = prepared.get(examples) or prepare(run.config, data_dir)
             build, measure = prepared[examples]
             ends = [common.load_weights(build(run.student), one.folder).state_dict()
                     for one in (other, run)]
@@ -278,8 +260,7 @@ def add_barriers(rows, runs, data_dir):
 
 
 def test_claims(runs, rows):
-    """A dictionary for each claim and pair of kinds that run.json puts together: differences by
-    seed, their t-interval, the verdict."""
+    """A dictionary for each claim and pair of kinds that run.json puts together."""
     results = []
     for name, column, sign, one, against in CLAIMS:
         found = {}
@@ -302,16 +283,16 @@ def test_claims(runs, rows):
 
 
 def mean_and_spread(values):
-    """0.912±0.005 (standard deviation over seeds), 0.912 for one value, - for none."""
+    """0.912±0.005 (standard deviation), 0.912 for one value, - for none."""
     values = [value for value in values if value is not None and math.isfinite(value)]
     if not values:
         return "-"
-    spread = f"±{statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
+    spread = f"±{stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{fmean(values):.3f}{spread}"
 
 
 def print_table(caption, header, lines):
-    """A Markdown table that reads well in a terminal too; columns without a value are left out."""
+    """A Markdown table, without columns that have no value."""
     columns = [column for column in zip(header, *lines) if {*column[1:]} - {"-"}]
     widths = [max(map(len, column)) for column in columns]
     table = list(zip(*columns))
@@ -322,15 +303,14 @@ def print_table(caption, header, lines):
 
 
 def print_answer(claims):
-    """For each taught kind: (taught - plain) / (strong - plain), then the headline claims."""
+    """For each taught kind (taught - plain) / (strong - plain) and the headline claims."""
     for gain in [claim for claim in claims if claim["claim"] == HEADLINES[0]]:
         print(f"\n{gain['one']}, {len(gain['values'])} seeds:")
         for claim in claims:
             if claim["claim"] == CLAIMS[0][0] and claim["against"] == gain["against"]:
-                gap = statistics.fmean(
-                    claim["values"].get(seed, math.nan) for seed in gain["values"])
-                print(f"- {gain['mean'] / gap:.2f} of the gap between {gain['against']} and "
-                      f"{claim['one']} ({gap:+.3f}) is closed")
+                gap = fmean(claim["values"].get(seed, math.nan) for seed in gain["values"])
+                print(f"- {gain['mean'] / (gap or math.nan):.2f} of the gap between "
+                      f"{gain['against']} and {claim['one']} ({gap:+.3f}) is closed")
             if claim["one"] == gain["one"] and claim["claim"] in HEADLINES:
                 print(f"- {claim['claim']}: {claim['difference']}, {claim['verdict']}")
 
@@ -338,22 +318,21 @@ def print_answer(claims):
 def sweeps(runs, rows):
     """{flag: {run name without it: (role, {value: [OOD accuracy]})}} of the flags that vary."""
     found = {}
-    for flag, run in itertools.product(("examples", "temperature", "alpha"), runs):
+    for flag, run in product(("examples", "temperature", "alpha"), runs):
         accuracy = rows[run.key]["OOD: accuracy"]
         if flag in run.config and accuracy is not None:
             name = re.sub(f"-{flag}[^-]+", "", run.kind)
             curve = found.setdefault(flag, {}).setdefault(name, (run.role(), {}))[1]
             curve.setdefault(run.config[flag], []).append(accuracy)
-    for flag in found:
-        found[flag] = {name: curve for name, curve in found[flag].items() if len(curve[1]) > 1}
+    found = {flag: {name: curve for name, curve in curves.items() if len(curve[1]) > 1}
+             for flag, curves in found.items()}
     return {flag: curves for flag, curves in found.items() if curves}
 
 
 def print_group(title, runs, rows, claims):
-    """The answer, then all tables about the runs of one task."""
-    print(f"\n## {title}")
+    """The answer, then all tables about one task."""
+    print(f"\n## {title}: mean ± standard deviation over n seeds")
     print_answer(claims)
-    print("\nIn all tables: mean ± standard deviation over n seeds.")
     kinds, tables = kinds_of(runs), {}
     for column in dict.fromkeys(name for row in rows.values() for name in row if ": " in name):
         tables.setdefault(column.split(": ")[0], []).append(column)
@@ -367,13 +346,13 @@ def print_group(title, runs, rows, claims):
             [name, *(mean_and_spread(curve.get(value, [])) for value in values)]
             for name, (_, curve) in curves.items()])
     tested = [claim for claim in claims if claim["verdict"] != "untested"]
-    print_table("Claims: differences paired by seed, 95 % t-intervals; if nothing were real, about "
-                f"{len(tested) / 20:.1f} verdicts would not be inconclusive",
+    print_table("Claims: differences paired by seed with 95 % t-intervals; by chance about "
+                f"{len(tested) / 20:.1f} are not inconclusive",
                 ["claim", "run", "against", "difference", "seeds", "verdict"],
                 [[claim["claim"], claim["one"], claim["against"], claim["difference"],
                   str(len(claim["values"])), claim["verdict"]] for claim in tested])
-    print(f"\n{len(claims) - len(tested)} more comparisons have fewer than 3 seeds: untested.")
-    for kind, field in itertools.product(kinds, ("code", "device", "precision")):
+    print(f"\n{len(claims) - len(tested)} more are untested: fewer than 3 seeds")
+    for kind, field in product(kinds, ("code", "device", "precision")):
         values = sorted({run.record["environment"][field] for run in kinds[kind]})
         if len(values) > 1:
             print(f"note: the runs of {kind} differ in {field}: {', '.join(values)}")
@@ -382,11 +361,11 @@ def print_group(title, runs, rows, claims):
 # ---- Figures -------------------------------------------------------------------------------------
 
 STYLES = {"plain": "b-o", "self-taught": "c--s", "permuted": "y--x", "taught": "r-.^",
-          "strong": "k:D", "other": "g:v"}  # told apart in grey by line and marker too
+          "strong": "k:D", "other": "g:v"}  # differ in grey too
 
 
 def draw(path, panels, xlabel, ylabel, **limits):
-    """Write a figure of panels side by side: {title: [(name, role, x, y, deviation or None)]}."""
+    """A figure of panels side by side, {title: [(name, role, x, y, deviation or None)]}."""
     import matplotlib.pyplot as plt
 
     size = (3.2 * len(panels) + 0.6, 3.2)
@@ -401,38 +380,37 @@ def draw(path, panels, xlabel, ylabel, **limits):
 
 
 def roles_of(plain, runs):
-    """{role: [Run]}: the kind `plain`, the kinds taught from it, the stronger kind."""
+    """{role: [Run]}: the kind `plain`, those taught from it, the stronger kind."""
     kinds, found = kinds_of(runs), {}
     for kind, of_kind in kinds.items():
         if of_kind[0].record.get("untaught", kind).split("/")[0] == plain:
-            found.setdefault(of_kind[0].role(), of_kind)  # of several settings the shortest name
+            found.setdefault(of_kind[0].role(), of_kind)  # of settings the shortest name
         if kind == kinds[plain][0].relative("strong").split("/")[0]:
             found["strong"] = of_kind
     return found
 
 
 def reliability(runs):
-    """Accuracy over confidence, out of distribution, in 15 bins, without those of under 20."""
-    p, y = (torch.cat([run.answers[test][part] for run in runs for test in run.tests])
-            for part in (0, 1))
-    confidence, predictions = p.max(dim=1)
+    """Confidence and accuracy out of distribution in 15 bins, without those of under 20."""
+    answers = [run.answers[test] for run in runs for test in run.tests]
+    confidence, predictions = torch.cat([p for p, _ in answers]).max(dim=1)
+    right = (predictions == torch.cat([y for _, y in answers])).float()
     bins = (confidence * 15).ceil()
     kept = [bins == b for b in range(1, 16) if (bins == b).sum() >= 20]
-    return ([confidence[b].mean() for b in kept],
-            [(predictions == y)[b].float().mean() for b in kept])
+    return [confidence[b].mean() for b in kept], [right[b].mean() for b in kept]
 
 
 def paths_in_two_dimensions(runs):
     """[(2, epochs)]: training paths by MDS of 1 - RSA between all their steps."""
     steps = [representations for run in runs for representations in run.path.values()]
     distances = torch.zeros(len(steps), len(steps))
-    for i, j in itertools.combinations(range(len(steps)), 2):
+    for i, j in combinations(range(len(steps)), 2):
         distances[i, j] = distances[j, i] = 1 - common.rsa(steps[i], steps[j])
     return [path.T for path in classical_mds(distances).split([len(run.path) for run in runs])]
 
 
 def plot_group(prefix, runs, rows):
-    """Write the figures about the runs of one task: a panel for each plain kind."""
+    """The figures about the runs of one task: a panel for each plain kind."""
     paths, calibration, attractors = {}, {}, {}
     for plain in dict.fromkeys(run.kind for run in runs if run.role() == "plain"
                                and run.student in STRONGER):
@@ -445,19 +423,18 @@ def plot_group(prefix, runs, rows):
             calibration[plain].append((of_role[0].kind, role, *reliability(of_role), None))
             y = torch.tensor([[rows[run.key].get(f"accuracy by attractors: {k}", math.nan)
                                for k in range(5)] for run in of_role])
-            attractors[plain].append((of_role[0].kind, role, range(5), y.mean(dim=0),
-                                      y.std(dim=0, correction=0)))
+            curve = range(5), y.mean(dim=0), y.std(dim=0, correction=0)
+            attractors[plain].append((of_role[0].kind, role, *curve))
     if paths:
         draw(f"{prefix}-paths.png", paths, "first dimension of 1 - RSA", "second dimension")
         draw(f"{prefix}-reliability.png", calibration, "confidence", "accuracy")
         if "test" in runs[0].tests:
             draw(f"{prefix}-attractors.png", attractors, "attractors", "accuracy")
     for flag, curves in sweeps(runs, rows).items():
-        lines = [(name, role, sorted(curve), [statistics.fmean(curve[x]) for x in sorted(curve)],
-                  [statistics.pstdev(curve[x]) for x in sorted(curve)])
+        lines = [(name, role, sorted(curve), [fmean(curve[x]) for x in sorted(curve)],
+                  [pstdev(curve[x]) for x in sorted(curve)])
                  for name, (role, curve) in curves.items()]
-        draw(f"{prefix}-{flag}.png", {"": lines}, flag, "OOD accuracy",
-             xscale="linear" if flag == "alpha" else "log")
+        draw(f"{prefix}-{flag}.png", {"": lines}, flag, "OOD accuracy", xscale="symlog")
 
 
 def main(argv=None):
@@ -467,8 +444,8 @@ def main(argv=None):
     add("runs", type=Path, help="folder with the runs; every run below it is taken")
     add("--csv", type=Path, metavar="FILE", help="write one line a run, with all columns")
     add("--plots", type=Path, metavar="DIR", help="write figures there (needs matplotlib)")
-    add("--no-barriers", action="store_true", help="they need the data and the longest time")
-    add("--data-dir", type=Path, default="data", help="where the training scripts had their data")
+    add("--no-barriers", action="store_true", help="they take the longest, and need the data")
+    add("--data-dir", type=Path, default="data", help="where the data are")
     args = parser.parse_args(argv)
     if args.plots:
         if not importlib.util.find_spec("matplotlib"):

@@ -10,23 +10,22 @@
 # seed 0, and so on. A grid grows by raising SEEDS.
 set -eu
 cd "$(dirname "$0")"
-quick='' list=''
+seq=transformer-seq quick='' list='' status=0
 for argument; do
   case $argument in
     --quick) quick=yes ;;
     --list) list=yes ;;
-    *) echo "run_all.sh: error: unknown argument $argument; known are --quick, --list" >&2; exit 2 ;;
+    *) echo "run_all.sh: error: $argument is neither --quick nor --list" >&2; exit 2 ;;
   esac
 done
-seq=transformer-seq
 if [ $quick ]; then
   SEEDS=${SEEDS:-3} OUT=${OUT:-runs-quick}
-  mnist='--data synthetic --examples 10000' sva='--data synthetic'
-  pairs="cnn/mlp mlp/mlp" classifiers="lstm $seq" lms="lstm $seq"
-  classifier_pairs="lstm/$seq $seq/$seq" lm_pairs="lstm/$seq $seq/$seq"
+  mnist='--data synthetic --examples 6000' sva='--data synthetic' classifiers="lstm $seq"
+  pairs="cnn/mlp mlp/mlp" classifier_pairs="lstm/$seq $seq/$seq"
+  lms=$classifiers lm_pairs=$classifier_pairs permuted_sva=''
 else
-  mnist='--data mnist' sva='--data linzen'
-  pairs=$(echo {mlp,cnn}/{mlp,cnn}) classifiers="lstm transformer $seq ut-seq" lms="lstm $seq ut-seq"
+  mnist='--data mnist' sva='--data linzen' classifiers="lstm transformer $seq ut-seq"
+  pairs=$(echo {mlp,cnn}/{mlp,cnn}) lms="lstm $seq ut-seq" permuted_sva=lstm/$seq
   classifier_pairs=$(echo {lstm,transformer,$seq,ut-seq}/{lstm,transformer,$seq,ut-seq})
   lm_pairs="$(echo {lstm,$seq}/{lstm,$seq}) lstm/ut-seq ut-seq/ut-seq"
 fi
@@ -37,30 +36,28 @@ plain() {  # "SCRIPT FLAGS" MODEL ...
   for seed in $(seq 0 "$SEEDS"); do for model in "${@:2}"; do
     echo "$1 --student $model --seed $seed"; done; done
 }
-taught() {  # "SCRIPT FLAGS" TEACHER/STUDENT ...
-  for seed in $(seq 0 $((SEEDS - 1))); do for pair in "${@:2}"; do
-    echo "$1 --teacher ${pair%/*} --student ${pair#*/} --seed $seed --kd"; done; done
+taught() {  # "SCRIPT FLAGS" KD TEACHER/STUDENT ...
+  for seed in $(seq 0 $((SEEDS - 1))); do for pair in "${@:3}"; do
+    echo "$1 --teacher ${pair%/*} --student ${pair#*/} --seed $seed --kd $2"; done; done
 }
 commands() {
-  case $1 in
-    first)  # of each script: it fetches the data
-      echo "train_mnist.py $mnist --student cnn --seed 0"
-      echo "train_sva.py $sva --student lstm --seed 0" ;;
-    plain)
-      plain "train_mnist.py $mnist" mlp cnn
-      plain "train_sva.py $sva" $classifiers
-      plain "train_sva.py $sva --objective lm" $lms ;;
-    taught)
-      taught "train_mnist.py $mnist" $pairs
-      taught "train_mnist.py $mnist" cnn/mlp | sed 's/$/ permuted/'
-      taught "train_sva.py $sva" $classifier_pairs
-      taught "train_sva.py $sva" lstm/$seq | sed 's/$/ permuted/'
-      taught "train_sva.py $sva --objective lm" $lm_pairs ;;
-  esac
+  if [ "$1" = first ]; then  # of each script: it fetches the data
+    echo "train_mnist.py $mnist --student cnn --seed 0"
+    echo "train_sva.py $sva --student lstm --seed 0"
+  elif [ "$1" = plain ]; then
+    plain "train_mnist.py $mnist" mlp cnn
+    plain "train_sva.py $sva" $classifiers
+    plain "train_sva.py $sva --objective lm" $lms
+  else
+    taught "train_mnist.py $mnist" offline $pairs
+    taught "train_mnist.py $mnist" permuted cnn/mlp
+    taught "train_sva.py $sva" offline $classifier_pairs
+    taught "train_sva.py $sva" permuted $permuted_sva
+    taught "train_sva.py $sva --objective lm" offline $lm_pairs
+  fi
 }
 if [ $list ]; then commands plain; commands taught; exit; fi
 
-status=0
 for stage in first plain taught; do
   total=$(commands $stage | wc -l | tr -d ' ')
   commands $stage | cat -n | xargs -P "$JOBS" -L 1 bash -c '
@@ -68,8 +65,7 @@ for stage in first plain taught; do
     then echo "ok     $1/'$total' of '$stage': ${*:2}"
     else echo "FAILED $1/'$total' of '$stage': ${*:2}" >&2; exit 1; fi' _ || status=1
 done
-set -o pipefail
-"$PYTHON" analyze.py "$OUT" --data-dir "$DATA" --csv "$OUT/runs.csv" | tee "$OUT/analysis.md" ||
-  status=1
+"$PYTHON" analyze.py "$OUT" --data-dir "$DATA" --csv "$OUT/runs.csv" > "$OUT/analysis.md" || status=1
+cat "$OUT/analysis.md"
 [ $status = 0 ] || echo "run_all.sh: some runs FAILED: start it again to retry" >&2
 exit $status

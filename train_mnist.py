@@ -29,8 +29,7 @@ import common
 # three seeds. Epochs for all digits: n times fewer get sqrt(n) times as many.
 RECIPES = {"mlp": {"epochs": 24, "batch_size": 512, "lr": 0.4},
            "cnn": {"epochs": 6, "batch_size": 256, "lr": 0.1}}
-TEMPERATURE = 20.0
-EXAMPLES = 60_000
+TEMPERATURE, EXAMPLES = 20.0, 60_000
 TESTS = ("test", "scaled", "translated")
 
 
@@ -80,8 +79,7 @@ def to_input(images):
 
 
 def warp(images, theta):
-    """Images of any size -> (n, 28, 28) float32, not rounded to whole grey levels, sampled
-    (bilinear, zeros outside) where the affine maps theta (n, 2, 3) lead."""
+    """Images -> (n, 28, 28) float32, bilinear where the affine maps theta (n, 2, 3) lead."""
     grid = F.affine_grid(theta, (len(images), 1, 28, 28), align_corners=False)
     return F.grid_sample(images.float().unsqueeze(1), grid, align_corners=False).squeeze(1)
 
@@ -218,7 +216,7 @@ def relatives(args):
 
 def train(args, data):
     """Train, test and save the run that `args` describe, unless that is done; returns its record.
-    The teacher of offline distillation is such a run too: it is loaded, or trained first."""
+    An offline teacher is such a run too: it is loaded, or trained first."""
     (folder, config), device, kd = configure(args), args.device, args.kd
     record = common.find_run(folder, config)
     if record:
@@ -239,11 +237,10 @@ def train(args, data):
             own = (labels == label).nonzero().squeeze(1)
             teacher_logits[own] = teacher_logits[own[torch.randperm(len(own), device=device)]]
 
-    # The student and, online, the teacher that learns beside it: a parameter group for each.
     student = build_model(args.student, args.seed, device)
-    learners = {"": student} | ({"teacher_": teacher} if kd == "online" else {})
-    groups = [{"params": model.parameters(), "lr": config[f"{role}lr"]}
-              for role, model in learners.items()]
+    groups = [{"params": student.parameters(), "lr": config["lr"]}]
+    if kd == "online":
+        groups.append({"params": teacher.parameters(), "lr": config["teacher_lr"]})
     epochs, batch_size = config["epochs"], min(config["batch_size"], len(labels))
     steps = len(labels) // batch_size  # the incomplete last batch is left out
     optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
@@ -298,8 +295,8 @@ def train(args, data):
               f"{history[-1]['validation_accuracy']:.4f}  {left:.0f} s left", flush=True)
 
     metrics, outputs = test_all(student, data, args.amp)
-    outputs |= {"probe_epochs": list(snapshots),
-                "probe_representations": torch.stack(list(snapshots.values()))}
+    outputs["probe_epochs"] = list(snapshots)
+    outputs["probe_representations"] = torch.stack(list(snapshots.values()))
     record = {"config": config, **relatives(args), "sizes": sizes, "history": history,
               "environment": common.environment(args, __file__), "metrics": metrics}
     if kd == "online":

@@ -5,10 +5,10 @@
     python train_sva.py --teacher lstm --student transformer-seq --kd         # distillation
     python train_sva.py --teacher lstm --student transformer-seq --kd --objective lm
 
-"The keys near the cabinet ..." is or are? The subject decides, not the nouns in between (the
-attractors). They are rare in training and frequent in the test, which so asks for the inductive
-bias. Every run leaves run.json, outputs.npz and model.pt in runs/sva-<data>/<run name>/seed<k>/
-(sva-lm-<data>: language models). After Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
+"The keys near the cabinet ..." is or are? The subject decides, not the nouns in between: these
+attractors are rare in training and frequent in the test, which asks for the inductive bias. A run
+leaves run.json, outputs.npz and model.pt in runs/sva-<data>/<run name>/seed<k>/ (language models:
+sva-lm-<data>). After Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 """
 
 import argparse
@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 import common
 
-# One recipe for all setups of a model. Chosen on sentences of another seed of an older grammar.
+# One recipe for all setups of a model, chosen on another grammar.
 RECIPES = {("classification", "lstm"): {"batch_size": 128, "lr": 3e-3},
            ("classification", "transformer"): {"batch_size": 128, "lr": 1e-3},
            ("lm", "lstm"): {"batch_size": 32, "lr": 6e-3},
@@ -45,15 +45,15 @@ URL = f"https://www.dropbox.com/s/5axdu3q9jkxzjy8/{TABLE}?dl=1"
 COLUMNS = ("sentence", "verb_index", "verb_pos", "n_intervening", "n_diff_intervening", "distance")
 VOCABULARY_SIZE = 10_000  # as in the paper
 PAD, UNKNOWN, START, END = range(4)  # token numbers; the words' numbers follow
-LONGEST_SENTENCE = 254  # words; with START and END the 256 positions of a Transformer
-WORDS_AT_ONCE = 256  # (words, vocabulary) is what takes a language model's time and memory
+LONGEST_SENTENCE = 254  # words; START and END make it 256
+WORDS_AT_ONCE = 256  # (words, vocabulary) takes a language model's time and memory
 
 
 # ---- Models: tokens (n, length), PAD on the right -> states (n, length, width); head -> answers --
 
 
 class LSTM(nn.Module):
-    """Embedding, two LSTM layers, linear head. It reads from left to right: padding is harmless."""
+    """Embedding, two LSTM layers, linear head; padding comes too late to matter."""
     causal = True
 
     def __init__(self, vocabulary, outputs, width, dropout=0.25):
@@ -90,10 +90,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm, learned positions. causal: a word sees the words before it (Transformer-seq); else it
-    sees all, and every state is that of a class token in front. shared: one layer serves at every
-    depth, told apart by a learned embedding (Universal Transformer, Dehghani et al. 2019, arXiv
-    1807.03819, sec. 2.1)."""
+    """Pre-norm. causal: a word sees the words before it (Transformer-seq); else it sees all, and
+    every state is that of a class token in front. shared: one layer serves at every depth, told
+    apart by an embedding (Universal Transformer, Dehghani et al. 2019, arXiv 1807.03819)."""
 
     def __init__(self, vocabulary, outputs, width, layers=3, causal=True, shared=False):
         super().__init__()
@@ -131,7 +130,7 @@ MODELS = {
 
 
 def build_model(name, seed, tokens, objective, device):
-    """A new model for that many tokens; its weights depend on (name, seed) alone."""
+    """A new model; its weights depend on (name, seed) alone."""
     torch.manual_seed(seed)
     return MODELS[name](tokens, tokens if objective == "lm" else 2).to(device)
 
@@ -146,8 +145,8 @@ class Sentence(NamedTuple):
 
 # ---- Synthetic sentences: "near the dogs that the cat sees , the king behind the boys sleeps ."
 
-# What a symbol becomes, one of the list. [n]: the part has the symbol's own number; [m]: singular
-# or plural by chance, the same wherever [m] stands in a production.
+# What a symbol becomes, one of the list. [n]: of the symbol's own number; [m]: singular or plural
+# by chance, the same wherever [m] stands in a production.
 GRAMMAR = {
     "OPENING": ["", *2 * ["PREP NP[m] ,"], *2 * ["NP[m] SAY[m] that"]],
     "NP": [*5 * ["the N[n]"], *3 * ["the N[n] PREP NP[m]"],
@@ -269,8 +268,7 @@ def load_sentences(args):
 
 
 def other_form(verb, plural, vocabulary):
-    """The other number's form of `verb`, if it is in the vocabulary; else None. A rare verb stands
-    as its tag."""
+    """The other number's form of `verb` (or tag, for rare verbs) in the vocabulary; else None."""
     irregular = {"is": "are", "has": "have", "was": "were", "does": "do", "VBZ": "VBP"}
     regular = verb[:-1], verb[:-2], verb[:-3] + "y"
     if plural:
@@ -286,8 +284,8 @@ def other_form(verb, plural, vocabulary):
 
 
 def encode(sentences, vocabulary, objective):
-    """A split. A classifier reads the words before the verb; a language model START, the whole
-    sentence, END, if both forms of the verb are known. answer_at: the last token before the verb."""
+    """A split. A classifier reads the words before the verb; a language model START, all words,
+    END, if both forms of the verb are known. answer_at: the last token before the verb."""
     @functools.cache  # the verbs are few
     def tokens_of_forms(verb, plural):
         forms = [vocabulary.get(verb), vocabulary.get(other_form(verb, plural, vocabulary))]
@@ -330,8 +328,8 @@ def load_data(args):
 
 def batches_by_length(lengths, batch_size, generator):
     """One epoch: (batches, batch_size) sentence numbers. Shuffled sentences are cut into windows of
-    50 batches, each sorted by length: little padding, much chance. What doesn't fill a batch is left
-    out before: after, it would be the longest."""
+    50 batches, each sorted by length: little padding, much chance. What fills no batch is left out
+    before: after, it would be the longest."""
     order = torch.randperm(len(lengths), generator=generator)
     order = order[:len(order) // batch_size * batch_size]
     window = torch.arange(len(order)) // (50 * batch_size)
@@ -362,8 +360,8 @@ def read(model, tokens, where):
 
 @torch.no_grad()
 def evaluate(model, split, objective, amp, device):
-    """(logits (sentences, 2) of singular and plural, mean loss), in eval mode, float32, on the CPU.
-    A language model: log-probabilities of the verb's two forms, and the loss of all words."""
+    """(logits (sentences, 2) of singular and plural, mean loss), in eval mode, float32, on the CPU;
+    of language models log-probabilities of the verb's two forms, and the loss of all words."""
     model.eval()
     logits, losses = [], []
     order = split["lengths"].argsort(stable=True)
@@ -385,7 +383,7 @@ def evaluate(model, split, objective, amp, device):
 
 @torch.no_grad()
 def represent(model, split, amp, device):
-    """States (sentences, width) that the verb's number is read from, in eval mode, on the CPU."""
+    """States (sentences, width) after the last word before the verb, in eval mode, on the CPU."""
     model.eval()
     with torch.autocast("cpu", torch.bfloat16, enabled=amp):
         states = model.states(split["tokens"].long().to(device))
@@ -430,8 +428,8 @@ def reads_both_ways(*names):
 
 
 def configure(args, **changes):
-    """(folder, configuration) of the run that `args` describe, with some changes. Results depend on
-    the configuration alone; device and precision are no part of it."""
+    """(folder, configuration) of the run that `args`, with changes, describe; device and precision
+    are no part of it."""
     args = argparse.Namespace(**vars(args) | changes)
     config = {"task": "sva", "objective": args.objective, "data": args.data, "files": args.files,
               "examples": args.available, "student": args.student, "seed": args.seed,
@@ -473,7 +471,7 @@ def relatives(args):
 
 def train(args, data):
     """Train, test and save the run that `args` describe, unless that is done; returns its record.
-    The teacher of offline distillation is such a run too: it is loaded, or trained first."""
+    An offline teacher is such a run too: it is loaded, or trained first."""
     (folder, config), device, kd = configure(args), args.device, args.kd
     record = common.find_run(folder, config)
     if record:
@@ -496,11 +494,10 @@ def train(args, data):
             own = where[right == label]
             soft[own] = soft[own[torch.randperm(len(own))]]
 
-    # The student and, online, the teacher that learns beside it: a parameter group for each.
     student = build_model(args.student, args.seed, args.tokens, objective, device)
-    learners = {"": student} | ({"teacher_": teacher} if kd == "online" else {})
-    groups = [{"params": list(model.parameters()), "lr": config[f"{role}lr"]}
-              for role, model in learners.items()]
+    groups = [{"params": list(student.parameters()), "lr": config["lr"]}]
+    if kd == "online":
+        groups.append({"params": list(teacher.parameters()), "lr": config["teacher_lr"]})
     lengths, epochs = split["lengths"], config["epochs"]
     batch_size = min(config["batch_size"], len(lengths))
     steps, at_once = len(lengths) // batch_size, WORDS_AT_ONCE if objective == "lm" else 10**6
@@ -530,8 +527,8 @@ def train(args, data):
                 elif kd:
                     soft = read(teacher, x, where)
 
-            # Head and loss take a language model's words in parts: faster and smaller. Gradients of
-            # the parts meet at these copies of the states, then go on together.
+            # Head and loss take a language model's words in parts: faster and smaller. Their
+            # gradients meet at these copies of the states, then go on together.
             optimizer.zero_grad()
             copy = states.detach().requires_grad_()
             soft_copy = soft.detach().requires_grad_(kd == "online") if kd else copy
@@ -542,11 +539,11 @@ def train(args, data):
                         taught = teacher.head(taught).float()
                 loss = F.cross_entropy(logits, right) if not kd else common.kd_loss(
                     logits, taught, right, config["temperature"], config["alpha"])
-                if kd == "online":  # reaches the teacher alone, as the KD loss the student alone
+                if kd == "online":  # reaches the teacher alone
                     loss = loss + F.cross_entropy(taught, right)
                 loss = loss * len(right) / len(y)
                 loss.backward()
-                total_loss += loss.detach()  # no .item(): a GPU would wait for it in every step
+                total_loss += loss.detach()  # no .item(): a GPU would wait
             states.backward(copy.grad)
             if kd == "online":
                 soft.backward(soft_copy.grad)
@@ -571,8 +568,8 @@ def train(args, data):
               f"{history[-1]['validation_accuracy']:.4f}  {left:.0f} s left", flush=True)
 
     metrics, outputs = test_all(student, data, objective, args.amp, device)
-    outputs |= {"probe_epochs": list(snapshots),
-                "probe_representations": torch.stack(list(snapshots.values()))}
+    outputs["probe_epochs"] = list(snapshots)
+    outputs["probe_representations"] = torch.stack(list(snapshots.values()))
     record = {"config": config, **relatives(args), "sizes": sizes, "history": history,
               "environment": common.environment(args, __file__), "metrics": metrics}
     if kd == "online":
@@ -605,7 +602,7 @@ def parse_arguments(argv=None):
     add("--teacher", choices=MODELS, help="model to learn from (default: the student's kind)")
     add("--kd", nargs="?", const="offline", choices=["offline", "online", "permuted"],
         help="distil from a trained teacher (plain --kd); online: train both together; permuted: "
-             "permute the soft labels among the answers of one label")
+             "its soft labels, permuted among the answers of one label")
     add("--objective", choices=["classification", "lm"], default="classification",
         help="the verb's number from the words before it, or the next word")
     add("--answers", choices=["last", "every"],
@@ -617,7 +614,7 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0, help="initialisation, order of the batches, dropout")
     add("--teacher-seed", type=int, help="(default: seed + 1)")
     add("--data", choices=["auto", "linzen", "synthetic"], default="auto",
-        help="real (auto: if they are in --data-dir; linzen: else fetched) or of a grammar")
+        help="linzen: fetched if not in --data-dir; auto: else those of a grammar")
     add("--examples", type=int, help="training sentences (default: all, or 750 synthetic ones)")
     add("--data-dir", type=Path, default="data", help="where the sentences are or are fetched to")
     add("--out", type=Path, default="runs", help="folder for runs")
@@ -653,7 +650,7 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
-    # oneDNN keeps a program for each shape of a batch: 2 GB in all.
+    # oneDNN keeps a program for each shape of a batch: 2 GB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     print_results(args, train(args, load_data(args)))
 
