@@ -1,7 +1,7 @@
 """Compare finished runs: the answer first, then tables in Markdown, every number as CSV, figures.
 
-    python analyze.py runs                                    # answer, tables, claims
-    python analyze.py runs --csv runs.csv --plots figures     # one line a run, and figures
+    python analyze.py runs
+    python analyze.py runs --csv runs.csv --plots figures
 
 Every run is a row of numbers, and all that is shown reads these rows. run.json says which runs
 belong together; each setting, such as another temperature, is a kind of run of its own.
@@ -31,14 +31,14 @@ import train_sva
 # Whose inductive bias suits the task better than the model's own.
 STRONGER = {"mlp": "cnn", "transformer": "lstm", "transformer-seq": "lstm", "ut-seq": "lstm"}
 OUT_OF_DISTRIBUTION = {"mnist": ("scaled", "translated"), "sva": ("test",)}
-ACCURACY = {"mnist": "accuracy", "sva": "a_accuracy"}  # the one that asks for the bias
+ACCURACY = {"mnist": "accuracy", "sva": "a_accuracy"}  # that asks for the bias
 COMPARED_EXAMPLES, BARRIER_POINTS, BARRIER_EXAMPLES = 10_000, 21, 250
-MARGIN = 0.05  # a difference inside +-MARGIN is little
-# 97.5 % quantiles of Student's t, by the number of values; from 12 on the last one.
+MARGIN = 0.05  # a smaller difference is little
+# 97.5 % quantiles of Student's t, by the number of values.
 T = dict(zip(range(3, 13), (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)))
 
-# (claim, column of the table of runs, sign, one kind of run, against another). Sign 1: more is
-# better; -1: less is; 0: the difference should be little.
+# (claim, column, sign, one kind of run, against another). Sign 1: more is better; -1: less is; 0:
+# the difference is little.
 CLAIMS = [
     ("the stronger bias generalises better", "OOD: accuracy", 1, "strong", "plain"),
     ("teaching improves accuracy", "OOD: accuracy", 1, "taught", "plain"),
@@ -73,9 +73,8 @@ def t_test(values, sign):
 def jackknife(pairs):
     """One value per seed for the mean over all pairs (n, n) of seeds: jackknife pseudo-values.
 
-    Means over each seed's own pairs depend on each other, as every pair enters two; pseudo-values
-    theta + 2 (n-1)/(n-2) (s_i - theta) hardly do (Efron & Stein 1981, "The jackknife estimate of
-    variance", for U-statistics of degree 2).
+    Means over a seed's own pairs depend on each other, as every pair enters two; theta + 2 (n-1)/
+    (n-2) (s_i - theta) hardly do (Efron & Stein 1981, "The jackknife estimate of variance").
     """
     n = len(pairs)
     of_seed = (pairs.sum(dim=1) - pairs.diagonal()) / (n - 1)
@@ -113,7 +112,7 @@ class Run:
             self.answers[test] = logits[chosen].softmax(dim=1), labels[chosen]
 
     def role(self):
-        """What the run is in a claim: plain, taught (by the stronger kind), ...; else other."""
+        """plain, taught (by the stronger kind), self-taught, permuted; else other"""
         kd, teacher = self.config["kd"], self.config.get("teacher")
         if not kd:
             return "plain" if self.record["plain"][self.student] == self.key else "other"
@@ -122,7 +121,7 @@ class Run:
         return "self-taught" if teacher == self.student and kd != "permuted" else "other"
 
     def relative(self, role):
-        """The key of the run that a claim compares this one with; None where there is none."""
+        """The key of the run that a claim compares this one with, if there is one."""
         if role == "strong":
             return self.record["plain"].get(STRONGER.get(self.student))
         return self.record.get({"plain": "untaught", "self-taught": "self_taught"}.get(role, role))
@@ -134,7 +133,7 @@ def load_runs(root):
     for path in sorted(root.glob("**/seed*/run.json")):
         try:
             groups.setdefault(path.parents[2], []).append(Run(path.parent))
-        except Exception as error:  # json, zip and numpy have many words for damage
+        except Exception as error:  # damage has many names
             print(f"left out: {path.parent} is unreadable ({error}): delete it", file=sys.stderr)
     return {folder: sorted(runs, key=lambda run: run.place) for folder, runs in groups.items()}
 
@@ -145,7 +144,7 @@ def kinds_of(runs):
 
 
 def over_tests(measure):
-    """measure(probabilities of a, of b, labels): its mean over the tests out of distribution."""
+    """Mean over the tests out of distribution of measure(p of a, p of b, labels)."""
     return lambda a, b: fmean(
         measure(a.answers[test][0], *b.answers[test]) for test in a.tests)
 
@@ -166,9 +165,9 @@ def compare(name, a, b):
 
 
 def references(run, runs):
-    """{"own teacher", "other strong", "own kind": [Run]}: the plain runs to compare `run` with. The
-    last two leave out its teacher and the seeds s and s + 1: so a taught run and its untaught twin
-    are compared with the same models, which taught neither."""
+    """{"own teacher", "other strong", "own kind": [Run]}. The last two leave out its teacher and
+    the seeds s and s + 1: so a taught run and its untaught twin are compared with the same models,
+    which taught neither."""
     teacher, strong = run.record.get("teacher"), STRONGER.get(run.student, run.student)
     found = {"own teacher": [other for other in runs if other.key == teacher]}
     for whose, model in (("other strong", strong), ("own kind", run.student)):
@@ -179,7 +178,7 @@ def references(run, runs):
 
 
 def make_rows(runs):
-    """{key: {column: value}}; the name of a column is that of its table, a colon, its own."""
+    """{key: {"table: column": value}}"""
     rows = {}
     for run in runs:
         rows[run.key] = row = {"run": run.kind, "role": run.role(), **run.config}
@@ -208,9 +207,8 @@ def make_rows(runs):
 
 
 def barrier(model, state_a, state_b, measure):
-    """How far the loss measure(model) rises, on the straight way between two states of `model`,
-    above the line between its ends: Frankle et al. 2020 (arXiv 1912.05671), sec. 2; Entezari et al.
-    2022 (arXiv 2110.06296), eq. 1. At least 0."""
+    """How far the loss measure(model) rises, on the straight way between two states, above the line
+    between its ends: Entezari et al. 2022 (arXiv 2110.06296), eq. 1."""
     losses, ways = [], torch.linspace(0, 1, BARRIER_POINTS).tolist()
     for a in ways:
         model.load_state_dict({
@@ -230,7 +228,7 @@ def prepare(config, data_dir):
         images, labels = (x[:BARRIER_EXAMPLES] for x in train_mnist.load_data(args)["train"])
         build = functools.partial(train_mnist.build_model, seed=0, device=cpu)
 
-        def measure(model):  # with new batch-norm statistics: old ones would make barriers
+        def measure(model):  # old batch-norm statistics would make barriers
             update_bn([train_mnist.to_input(images)], model)
             return F.cross_entropy(train_mnist.evaluate(model, images, False)[0], labels).item()
     else:
@@ -260,7 +258,7 @@ def add_barriers(rows, runs, data_dir):
 
 
 def test_claims(runs, rows):
-    """A dictionary for each claim and pair of kinds that run.json puts together."""
+    """A dictionary for each claim and pair of kinds."""
     results = []
     for name, column, sign, one, against in CLAIMS:
         found = {}
@@ -303,7 +301,7 @@ def print_table(caption, header, lines):
 
 
 def print_answer(claims):
-    """For each taught kind (taught - plain) / (strong - plain) and the headline claims."""
+    """(taught - plain) / (strong - plain) and the headline claims."""
     for gain in [claim for claim in claims if claim["claim"] == HEADLINES[0]]:
         print(f"\n{gain['one']}, {len(gain['values'])} seeds:")
         for claim in claims:
@@ -391,7 +389,7 @@ def roles_of(plain, runs):
 
 
 def reliability(runs):
-    """Confidence and accuracy out of distribution in 15 bins, without those of under 20."""
+    """Confidence and accuracy out of distribution in bins of 20 and more."""
     answers = [run.answers[test] for run in runs for test in run.tests]
     confidence, predictions = torch.cat([p for p, _ in answers]).max(dim=1)
     right = (predictions == torch.cat([y for _, y in answers])).float()
@@ -441,7 +439,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s RUNS [flags], see --help",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("runs", type=Path, help="folder with the runs; every run below it is taken")
+    add("runs", type=Path, help="folder: every run below it is taken")
     add("--csv", type=Path, metavar="FILE", help="write one line a run, with all columns")
     add("--plots", type=Path, metavar="DIR", help="write figures there (needs matplotlib)")
     add("--no-barriers", action="store_true", help="they take the longest, and need the data")

@@ -52,7 +52,7 @@ def refused(capfd, expected, function, *arguments):
     return end.value.code and expected in capfd.readouterr().err + str(end.value.code)
 
 
-def test_kd_loss():
+def test_kd_loss_and_metrics():
     student, teacher = normal(2, 3, 4), normal(2, 3, 4, seed=1).requires_grad_()
     labels, t, alpha, total = tensor([[0, 2, 1], [1, 3, 3]]), 3.0, 0.7, 0.0
     for at in product(range(2), range(3)):
@@ -63,9 +63,6 @@ def test_kd_loss():
     assert loss.item() == approx(total.item() / 6) and not loss.requires_grad
     with pytest.raises(AssertionError):  # nothing is broadcast
         common.kd_loss(student[:1], teacher, labels)
-
-
-def test_metrics():
     logits, labels, ece = normal(500, 10) * 2, torch.arange(500) % 10, 0.0
     labels[:300] = logits[:300].argmax(1)  # some bins are too sure, some not sure enough
     p, right = logits.softmax(1), (logits.argmax(1) == labels).double()
@@ -246,14 +243,6 @@ def test_soft_labels_of_digits(grid):
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])  # the online teacher learns
 
 
-def test_finished_run(grid, tmp_path):
-    folder, record, _ = grid["--teacher cnn --kd"]
-    shutil.copytree(folder.parents[2], tmp_path, dirs_exist_ok=True)
-    folder = tmp_path / Path(*folder.parts[-3:])
-    mnist.main([*SMALL.split(), "--teacher", "cnn", "--kd", "--out", str(tmp_path)])
-    assert json.loads((folder / "run.json").read_text()) == record
-
-
 def test_grammar():
     parts = sva.synthetic_sentences(600)
     for name, sentence in [(name, sentence) for name, part in parts.items() for sentence in part]:
@@ -321,7 +310,7 @@ def test_answers_and_metrics(monkeypatch):
     vocabulary = {"a": 4, "b": 5, "c": 6, "bs": 7}
     sentences = [sva.Sentence("a c a b c", 3, True, 0, 1), sva.Sentence("c bs a", 1, False, 1, 2),
                  sva.Sentence("a a bs c", 2, False, 4, 3)]
-    monkeypatch.setattr(sva, "WORDS_AT_ONCE", 4)
+    monkeypatch.setattr(sva, "LOGITS_AT_ONCE", 4 * 20)
     def loop(model, words):
         return torch.stack([model.head(model.states(tensor([words[:place]]))[0, -1])
                             for place in range(1, len(words) + 1)])
@@ -365,7 +354,7 @@ def small_models(monkeypatch):
 
 
 def test_setups_of_sentences(tmp_path, monkeypatch, small_models):
-    monkeypatch.setattr(sva, "WORDS_AT_ONCE", 10**6)
+    monkeypatch.setattr(sva, "LOGITS_AT_ONCE", 10**9)
     seen, read, first = [], sva.read, {}
     def watched_read(model, tokens, where):
         if model.training:  # the student; an offline teacher is in eval mode
@@ -397,8 +386,8 @@ def test_setups_of_sentences(tmp_path, monkeypatch, small_models):
 
 def test_parts_add_up_and_both_online_learn(tmp_path, monkeypatch, small_models):
     losses = []
-    for at_once, kd in product((10**6, 50), ("--kd", "--kd online")):
-        monkeypatch.setattr(sva, "WORDS_AT_ONCE", at_once)
+    for at_once, kd in product((10**9, 50 * 49), ("--kd", "--kd online")):
+        monkeypatch.setattr(sva, "LOGITS_AT_ONCE", at_once)
         flags = f"--objective lm --student lstm --epochs 20 --lr 0.03 {kd}"
         _, record = run(sva, flags, tmp_path / str(at_once))
         losses.append([entry["loss"] for entry in record["history"]])
@@ -483,6 +472,8 @@ def test_references_and_barrier():
 def test_analysis(grid, tmp_path, capsys, monkeypatch):
     root = shutil.copytree(grid[""][0].parents[1], tmp_path / "a" / "mnist-synthetic")
     self_taught, plain, cnn = (grid[f][0].parts[-2] for f in ("--kd", "", "--student cnn"))
+    mnist.main([*SMALL.split(), "--kd", "--out", str(root.parent)])  # finished: not repeated
+    assert json.loads((root / self_taught / "seed0" / "run.json").read_text()) == grid["--kd"][1]
     shutil.copy(root / plain / "seed1" / "outputs.npz", root / self_taught / "seed0")
     shutil.copytree(root / plain, tmp_path / "b" / "mnist-synthetic" / plain)
     (root / cnn / "seed0" / "outputs.npz").write_bytes(b"PK")

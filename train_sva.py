@@ -5,10 +5,10 @@
     python train_sva.py --teacher lstm --student transformer-seq --kd         # distillation
     python train_sva.py --teacher lstm --student transformer-seq --kd --objective lm
 
-"The keys near the cabinet ..." is or are? The subject decides, not the nouns in between: these
-attractors are rare in training and frequent in the test, which asks for the inductive bias. A run
-leaves run.json, outputs.npz and model.pt in runs/sva-<data>/<run name>/seed<k>/ (language models:
-sva-lm-<data>). After Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
+"The keys near the cabinet ..." is or are? The subject decides, not the nouns in between. Such
+attractors are rare in training and frequent in the test: it asks for the inductive bias. A run is
+run.json, outputs.npz and model.pt in runs/sva-<data>/<run name>/seed<k>/ (sva-lm-<data>: language
+models). After Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 """
 
 import argparse
@@ -38,15 +38,16 @@ RECIPES = {("classification", "lstm"): {"batch_size": 128, "lr": 3e-3},
            ("lm", "lstm"): {"batch_size": 32, "lr": 6e-3},
            ("lm", "transformer"): {"batch_size": 64, "lr": 2e-3}}
 TEMPERATURE = {"classification": 2.0, "lm": 1.0}
-SENTENCES_READ, MOST_EPOCHS = 560_000, 32  # the fewer sentences, the more often each is read
+SENTENCES_READ = 560_000  # the fewer sentences, the more often each is read, but at most ...
+MOST_EPOCHS = {"classification": 24, "lm": 32}
 SYNTHETIC_EXAMPLES = 750
 TABLE = "agr_50_mostcommon_10K.tsv.gz"
 URL = f"https://www.dropbox.com/s/5axdu3q9jkxzjy8/{TABLE}?dl=1"
 COLUMNS = ("sentence", "verb_index", "verb_pos", "n_intervening", "n_diff_intervening", "distance")
-VOCABULARY_SIZE = 10_000  # as in the paper
+VOCABULARY_SIZE = 10_000
 PAD, UNKNOWN, START, END = range(4)  # token numbers; the words' numbers follow
 LONGEST_SENTENCE = 254  # words; START and END make it 256
-WORDS_AT_ONCE = 256  # (words, vocabulary) takes a language model's time and memory
+LOGITS_AT_ONCE = 2_500_000  # of a language model: more take longer and more memory
 
 
 # ---- Models: tokens (n, length), PAD on the right -> states (n, length, width); head -> answers --
@@ -90,9 +91,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm. causal: a word sees the words before it (Transformer-seq); else it sees all, and
-    every state is that of a class token in front. shared: one layer serves at every depth, told
-    apart by an embedding (Universal Transformer, Dehghani et al. 2019, arXiv 1807.03819)."""
+    """causal: a word sees the words before it; else it sees all, and every state is that of a class
+    token in front. shared: one layer serves at every depth, told apart by an embedding (Universal
+    Transformer, Dehghani et al. 2019, arXiv 1807.03819)."""
 
     def __init__(self, vocabulary, outputs, width, layers=3, causal=True, shared=False):
         super().__init__()
@@ -162,8 +163,7 @@ NATURAL, BALANCED = (80, 13, 5, 1, 1), (20, 20, 20, 20, 20)  # % with 0, 1, 2, 3
 
 
 def expand(symbol, plural, rng, others=None):
-    """The words that `symbol` becomes, by chance. plural: its number, if it has one; others: the
-    number of every [m], instead of chance."""
+    """The words that `symbol` becomes. plural: its number, if any; others: that of every [m]."""
     if symbol in WORDS:
         word = rng.choice(WORDS[symbol])
         return [word + "s" if plural is (symbol == "N") else word]
@@ -178,7 +178,7 @@ def expand(symbol, plural, rng, others=None):
 
 
 def draw_sentence(rng, hard):
-    """hard: all nouns between the head of the subject and the verb are attractors."""
+    """hard: all nouns between subject and verb are attractors."""
     plural = rng.random() < 0.5
     opening, rest = expand("OPENING", None, rng), expand("VP", plural, rng)
     subject = expand("NP", plural, rng, others=not plural if hard else None)
@@ -189,8 +189,8 @@ def draw_sentence(rng, hard):
 
 
 def synthetic_sentences(examples, seed=0):
-    """{"train", "validation", "test": [Sentence]}: `examples`, a fourth and twice as many, at most
-    2,000. The last two never have the words before the verb of a training sentence."""
+    """{"train": `examples`, "validation": a fourth, "test": twice as many [Sentence]}; the last two
+    never have the words before the verb of a training sentence."""
     rng, parts, seen = random.Random(seed), {}, set()
     for name, size, shares in (("train", examples, NATURAL),
                                ("validation", examples // 4, NATURAL),
@@ -215,7 +215,7 @@ def before_verb(sentence):
 
 
 def read_table(path):
-    """[Sentence] of a tab-separated table, .tsv or .tsv.gz, whose first line names its columns."""
+    """[Sentence] of a tab-separated table, whose first line names its columns."""
     number, sentences = 1, []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
@@ -235,7 +235,7 @@ def read_table(path):
 
 def load_sentences(args):
     """{"train", "validation", "test": [Sentence]}; sets args.data, args.files and args.available.
-    Of more than --examples real training sentences so many are drawn, the same for every run."""
+    --examples are drawn, the same for every run."""
     names = "train", "validation", "test"
     files = [args.data_dir / f"{name}.tsv" for name in names]
     if not files[0].exists():
@@ -245,11 +245,11 @@ def load_sentences(args):
             args.data_dir.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, files[0])
         except OSError as error:
-            sys.exit(f"error: {URL}: {error}: put it into {args.data_dir}, or use --data synthetic")
+            sys.exit(f"error: {URL}: {error}: put it into {args.data_dir}")
     if args.data == "auto" and not files[0].exists():
         args.data = "synthetic"
-        print(f"*** WARNING: no train.tsv or {TABLE} in {args.data_dir}:\n*** SYNTHETIC "
-              "sentences; no figure of this run is about English.", file=sys.stderr)
+        print(f"*** WARNING: no train.tsv or {TABLE} in {args.data_dir}.\n*** SYNTHETIC "
+              "sentences: no figure of this run is about English.", file=sys.stderr)
     args.files, args.available = {}, SYNTHETIC_EXAMPLES
     if args.data == "synthetic":
         return synthetic_sentences(args.examples or SYNTHETIC_EXAMPLES)
@@ -268,14 +268,14 @@ def load_sentences(args):
 
 
 def other_form(verb, plural, vocabulary):
-    """The other number's form of `verb` (or tag, for rare verbs) in the vocabulary; else None."""
+    """The other number's form of `verb` (or of a tag) in the vocabulary; else None."""
     irregular = {"is": "are", "has": "have", "was": "were", "does": "do", "VBZ": "VBP"}
     regular = verb[:-1], verb[:-2], verb[:-3] + "y"
     if plural:
         irregular = {plural: singular for singular, plural in irregular.items()}
         regular = verb + "s", verb + "es", verb[:-1] + "ies"
     for form in (irregular[verb],) if verb in irregular else regular:
-        if form in vocabulary and form.isalpha():  # a form of "'s" would be a quotation mark
+        if form in vocabulary and form.isalpha():  # not the "'" of "'s"
             return form
     return None
 
@@ -285,7 +285,7 @@ def other_form(verb, plural, vocabulary):
 
 def encode(sentences, vocabulary, objective):
     """A split. A classifier reads the words before the verb; a language model START, all words,
-    END, if both forms of the verb are known. answer_at: the last token before the verb."""
+    END, if it knows both forms of the verb. answer_at: the last token before the verb."""
     @functools.cache  # the verbs are few
     def tokens_of_forms(verb, plural):
         forms = [vocabulary.get(verb), vocabulary.get(other_form(verb, plural, vocabulary))]
@@ -313,8 +313,8 @@ def take(split, chosen):
 
 
 def load_data(args):
-    """{"train", "validation", "test", "probe": split}; probe: at most 1,000 test sentences. The
-    vocabulary is that of the training sentences; sets args.tokens, its size."""
+    """{"train", "validation", "test", "probe" (1,000 of the test): split}; sets args.tokens. The
+    vocabulary is that of the training sentences."""
     sentences = load_sentences(args)
     counts = Counter(word for sentence in sentences["train"] for word in sentence.text.split())
     ranked = sorted(counts, key=lambda word: (-counts[word], word))[:VOCABULARY_SIZE]
@@ -327,9 +327,9 @@ def load_data(args):
 
 
 def batches_by_length(lengths, batch_size, generator):
-    """One epoch: (batches, batch_size) sentence numbers. Shuffled sentences are cut into windows of
-    50 batches, each sorted by length: little padding, much chance. What fills no batch is left out
-    before: after, it would be the longest."""
+    """One epoch: (batches, batch_size) sentence numbers. Shuffled sentences are sorted by length in
+    windows of 50 batches: little padding, much chance. What fills no batch is left out before:
+    after, it would be the longest."""
     order = torch.randperm(len(lengths), generator=generator)
     order = order[:len(order) // batch_size * batch_size]
     window = torch.arange(len(order)) // (50 * batch_size)
@@ -340,7 +340,7 @@ def batches_by_length(lengths, batch_size, generator):
 
 def questions(batch, answers):
     """(tokens to read, where to answer in the flattened tokens, right answers). answers: after the
-    "last" or "every" word, or the "next" words. On the CPU: a GPU never waits for their number."""
+    "last" or "every" word, or the "next" words. On the CPU: a GPU need not wait."""
     tokens = batch["tokens"][:, :batch["lengths"].max()].long()
     right, asked = batch["labels"][:, None].expand_as(tokens), tokens != PAD
     if answers == "next":
@@ -354,25 +354,26 @@ def questions(batch, answers):
 
 
 def read(model, tokens, where):
-    """States (len(where), width) after these of the flattened tokens; model.head gives answers."""
+    """States (len(where), width) at these of the flattened tokens; model.head gives answers."""
     return model.states(tokens).flatten(0, 1).index_select(0, where)
 
 
 @torch.no_grad()
 def evaluate(model, split, objective, amp, device):
-    """(logits (sentences, 2) of singular and plural, mean loss), in eval mode, float32, on the CPU;
-    of language models log-probabilities of the verb's two forms, and the loss of all words."""
+    """(logits (sentences, 2) of singular and plural, mean loss), in eval mode, on the CPU; language
+    models: log-probabilities of the verb's two forms, and the loss of all words."""
     model.eval()
     logits, losses = [], []
     order = split["lengths"].argsort(stable=True)
-    for part in order.split(64):  # small, so that few sentences need little padding
+    for part in order.split(64):  # little padding
         batch = take(split, part)
         tokens, where, right = questions(batch, "next" if objective == "lm" else "last")
         verb = torch.arange(len(part)) * tokens.shape[1] + batch["answer_at"]
+        at_once = LOGITS_AT_ONCE // model.head.out_features
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             states = read(model, tokens.to(device), torch.cat([where, verb]).to(device))
-            for said, word in zip(states[:len(where)].split(WORDS_AT_ONCE),
-                                  right.to(device).split(WORDS_AT_ONCE)):
+            parts = states[:len(where)].split(at_once)
+            for said, word in zip(parts, right.to(device).split(at_once)):
                 losses.append(F.cross_entropy(model.head(said).float(), word, reduction="none"))
             verbs = model.head(states[len(where):]).float()
         if objective == "lm":
@@ -385,14 +386,17 @@ def evaluate(model, split, objective, amp, device):
 def represent(model, split, amp, device):
     """States (sentences, width) after the last word before the verb, in eval mode, on the CPU."""
     model.eval()
-    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-        states = model.states(split["tokens"].long().to(device))
-    return states[torch.arange(len(states)), split["answer_at"]].float().cpu()
+    states, order = [], split["lengths"].argsort(stable=True)
+    for part in order.split(64):
+        tokens, where, _ = questions(take(split, part), "last")
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            states.append(read(model, tokens.to(device), where.to(device)))
+    return torch.cat(states).float().cpu()[order.argsort()]
 
 
 @torch.no_grad()
 def answer_every_word(model, split, amp, device):
-    """A classifier's logits after every word, (sentences, longest, 2), in eval mode, on the CPU."""
+    """Logits after every word, (sentences, longest, 2), in eval mode, on the CPU."""
     model.eval()
     logits = torch.zeros(*split["tokens"].shape, 2)
     for part in split["lengths"].argsort(stable=True).split(64):
@@ -428,8 +432,7 @@ def reads_both_ways(*names):
 
 
 def configure(args, **changes):
-    """(folder, configuration) of the run that `args`, with changes, describe; device and precision
-    are no part of it."""
+    """(folder, configuration) of the run that `args`, with changes, describe."""
     args = argparse.Namespace(**vars(args) | changes)
     config = {"task": "sva", "objective": args.objective, "data": args.data, "files": args.files,
               "examples": args.available, "student": args.student, "seed": args.seed,
@@ -443,7 +446,8 @@ def configure(args, **changes):
         config["answers"] = "next"
     elif args.kd and not reads_both_ways(*models.values()):
         config["answers"] = "every"
-    epochs = max(2, min(MOST_EPOCHS, SENTENCES_READ // (args.examples or args.available)))
+    epochs = SENTENCES_READ // (args.examples or args.available)
+    epochs = max(2, min(epochs, MOST_EPOCHS[args.objective]))
     for role, model in models.items():
         recipe = RECIPES[args.objective, "lstm" if model.startswith("lstm") else "transformer"]
         config |= {role + key: value for key, value in {"epochs": epochs, **recipe}.items()}
@@ -471,7 +475,7 @@ def relatives(args):
 
 def train(args, data):
     """Train, test and save the run that `args` describe, unless that is done; returns its record.
-    An offline teacher is such a run too: it is loaded, or trained first."""
+    An offline teacher is such a run too."""
     (folder, config), device, kd = configure(args), args.device, args.kd
     record = common.find_run(folder, config)
     if record:
@@ -500,7 +504,7 @@ def train(args, data):
         groups.append({"params": list(teacher.parameters()), "lr": config["teacher_lr"]})
     lengths, epochs = split["lengths"], config["epochs"]
     batch_size = min(config["batch_size"], len(lengths))
-    steps, at_once = len(lengths) // batch_size, WORDS_AT_ONCE if objective == "lm" else 10**6
+    steps, at_once = len(lengths) // batch_size, LOGITS_AT_ONCE // student.head.out_features
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=[group["lr"] for group in groups], pct_start=0.25,
@@ -511,7 +515,7 @@ def train(args, data):
           f"parameters, {epochs} epochs of {steps} batches")
     history, begin = [], time.perf_counter()
     snapshots = {0: represent(student, data["probe"], args.amp, device)}
-    # Dropout and the order of the batches depend on the seed alone.
+    # Dropout and order depend on the seed alone: twins see the same batches.
     torch.manual_seed(args.seed)
     order = torch.Generator().manual_seed(args.seed)
     for epoch in range(1, epochs + 1):
@@ -527,7 +531,7 @@ def train(args, data):
                 elif kd:
                     soft = read(teacher, x, where)
 
-            # Head and loss take a language model's words in parts: faster and smaller. Their
+            # A language model's words go in parts through head and loss: faster and smaller. The
             # gradients meet at these copies of the states, then go on together.
             optimizer.zero_grad()
             copy = states.detach().requires_grad_()
@@ -606,7 +610,7 @@ def parse_arguments(argv=None):
     add("--objective", choices=["classification", "lm"], default="classification",
         help="the verb's number from the words before it, or the next word")
     add("--answers", choices=["last", "every"],
-        help="classifiers learn after the last or every word (default: every with --kd, else last)")
+        help="classifiers learn after that word (default: every with --kd, else last)")
     add("--temperature", type=float, help="softens both outputs (default: 2, language models 1)")
     add("--alpha", type=float, help="share of the KD loss, the rest: cross-entropy (default: 1)")
     for flag, kind in (("--epochs", int), ("--batch-size", int), ("--lr", float)):
