@@ -37,7 +37,7 @@ MARGIN = 0.05  # a smaller difference is little
 # 97.5 % quantiles of Student's t, by the number of values.
 T = dict(zip(range(3, 13), (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)))
 
-# (claim, column, sign, one kind of run, against another). Sign 1: more is better; -1: less is; 0:
+# (claim, column, sign, one kind of run, against another). Sign 1: more is better; -1: less; 0:
 # the difference is little.
 CLAIMS = [
     ("the stronger bias generalises better", "OOD: accuracy", 1, "strong", "plain"),
@@ -281,7 +281,7 @@ def test_claims(runs, rows):
 
 
 def mean_and_spread(values):
-    """0.912±0.005 (standard deviation), 0.912 for one value, - for none."""
+    """0.912±0.005 (standard deviation); - for none."""
     values = [value for value in values if value is not None and math.isfinite(value)]
     if not values:
         return "-"
@@ -290,7 +290,7 @@ def mean_and_spread(values):
 
 
 def print_table(caption, header, lines):
-    """A Markdown table, without columns that have no value."""
+    """A Markdown table without empty columns."""
     columns = [column for column in zip(header, *lines) if {*column[1:]} - {"-"}]
     widths = [max(map(len, column)) for column in columns]
     table = list(zip(*columns))

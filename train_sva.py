@@ -12,18 +12,18 @@ models). After Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
 """
 
 import argparse
-import functools
 import gzip
 import math
-import operator
 import os
 import random
-import statistics
 import sys
-import time
 import zlib
 from collections import Counter
+from functools import cache, partial
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -38,8 +38,7 @@ RECIPES = {("classification", "lstm"): {"batch_size": 128, "lr": 3e-3},
            ("lm", "lstm"): {"batch_size": 32, "lr": 6e-3},
            ("lm", "transformer"): {"batch_size": 64, "lr": 2e-3}}
 TEMPERATURE = {"classification": 2.0, "lm": 1.0}
-SENTENCES_READ = 560_000  # the fewer sentences, the more often each is read, but at most ...
-MOST_EPOCHS = {"classification": 24, "lm": 32}
+SENTENCES_READ, MOST_EPOCHS = 560_000, {"classification": 24, "lm": 32}  # in training
 SYNTHETIC_EXAMPLES = 750
 TABLE = "agr_50_mostcommon_10K.tsv.gz"
 URL = f"https://www.dropbox.com/s/5axdu3q9jkxzjy8/{TABLE}?dl=1"
@@ -47,14 +46,14 @@ COLUMNS = ("sentence", "verb_index", "verb_pos", "n_intervening", "n_diff_interv
 VOCABULARY_SIZE = 10_000
 PAD, UNKNOWN, START, END = range(4)  # token numbers; the words' numbers follow
 LONGEST_SENTENCE = 254  # words; START and END make it 256
-LOGITS_AT_ONCE = 2_500_000  # of a language model: more take longer and more memory
+LOGITS_AT_ONCE = 2_500_000  # of a language model: more take more time and memory
 
 
 # ---- Models: tokens (n, length), PAD on the right -> states (n, length, width); head -> answers --
 
 
 class LSTM(nn.Module):
-    """Embedding, two LSTM layers, linear head; padding comes too late to matter."""
+    """Two LSTM layers; padding comes too late to matter."""
     causal = True
 
     def __init__(self, vocabulary, outputs, width, dropout=0.25):
@@ -123,15 +122,15 @@ class Transformer(nn.Module):
 
 
 MODELS = {
-    "lstm": functools.partial(LSTM, width=128),
-    "transformer": functools.partial(Transformer, width=96, causal=False),
-    "transformer-seq": functools.partial(Transformer, width=96),
-    "ut-seq": functools.partial(Transformer, width=160, shared=True),
+    "lstm": partial(LSTM, width=128),
+    "transformer": partial(Transformer, width=96, causal=False),
+    "transformer-seq": partial(Transformer, width=96),
+    "ut-seq": partial(Transformer, width=160, shared=True),
 }
 
 
 def build_model(name, seed, tokens, objective, device):
-    """A new model; its weights depend on (name, seed) alone."""
+    """A new model; its weights depend on name and seed alone."""
     torch.manual_seed(seed)
     return MODELS[name](tokens, tokens if objective == "lm" else 2).to(device)
 
@@ -163,7 +162,7 @@ NATURAL, BALANCED = (80, 13, 5, 1, 1), (20, 20, 20, 20, 20)  # % with 0, 1, 2, 3
 
 
 def expand(symbol, plural, rng, others=None):
-    """The words that `symbol` becomes. plural: its number, if any; others: that of every [m]."""
+    """The words of `symbol`. plural: its number, if any; others: that of every [m]."""
     if symbol in WORDS:
         word = rng.choice(WORDS[symbol])
         return [word + "s" if plural is (symbol == "N") else word]
@@ -215,27 +214,26 @@ def before_verb(sentence):
 
 
 def read_table(path):
-    """[Sentence] of a tab-separated table, whose first line names its columns."""
+    """[Sentence] of a tab-separated table; its first line names the columns."""
     number, sentences = 1, []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
             names = file.readline().rstrip("\n").split("\t")
-            pick = operator.itemgetter(*(names.index(name) for name in COLUMNS))
+            pick = itemgetter(*(names.index(name) for name in COLUMNS))
             for number, line in enumerate(file, 2):
                 text, verb, tag, nouns, others, distance = pick(line.rstrip("\n").split("\t"))
                 verb, plural = int(verb) - 1, ("VBZ", "VBP").index(tag) == 1
                 if not 0 < verb < len(text.split()):
-                    raise ValueError("verb_index is not that of a word after the first")
+                    raise ValueError(f"verb_index {verb + 1}")
                 attractors = int(others) if nouns == others else -1
                 sentences.append(Sentence(text, verb, plural, attractors, int(distance or -1)))
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        sys.exit(f"error: {path}, line {number}: {error}; its columns must be {', '.join(COLUMNS)}")
+        sys.exit(f"error: {path}, line {number}: {error}; the columns are {', '.join(COLUMNS)}")
     return sentences
 
 
 def load_sentences(args):
-    """{"train", "validation", "test": [Sentence]}; sets args.data, args.files and args.available.
-    --examples are drawn, the same for every run."""
+    """{"train", "validation", "test": [Sentence]}; sets args.data, args.files, args.available."""
     names = "train", "validation", "test"
     files = [args.data_dir / f"{name}.tsv" for name in names]
     if not files[0].exists():
@@ -256,7 +254,7 @@ def load_sentences(args):
     args.data, args.files = "linzen", {path.name: path.stat().st_size for path in files}
     tables = [read_table(path) for path in files]
     if len(files) == 1:
-        random.Random(0).shuffle(tables[0])  # once; 10 % and 1 %, as in the paper
+        random.Random(0).shuffle(tables[0])  # 10 % and 1 %, as in the paper
         first, second = len(tables[0]) // 10, len(tables[0]) * 11 // 100
         tables = [tables[0][:first], tables[0][first:second], tables[0][second:]]
     args.available = len(tables[0])
@@ -280,13 +278,13 @@ def other_form(verb, plural, vocabulary):
     return None
 
 
-# ---- Tensors: a split is a dictionary of them, a row for each sentence, on the CPU ---------------
+# ---- A split: a dictionary of tensors, a row for each sentence, on the CPU -----------------------
 
 
 def encode(sentences, vocabulary, objective):
-    """A split. A classifier reads the words before the verb; a language model START, all words,
-    END, if it knows both forms of the verb. answer_at: the last token before the verb."""
-    @functools.cache  # the verbs are few
+    """A split. A classifier reads the words before the verb; a language model START, all words and
+    END, if it knows both forms. answer_at: the last token before the verb."""
+    @cache  # the verbs are few
     def tokens_of_forms(verb, plural):
         forms = [vocabulary.get(verb), vocabulary.get(other_form(verb, plural, vocabulary))]
         return (forms[::-1] if plural else forms) if None not in forms else [UNKNOWN, UNKNOWN]
@@ -384,7 +382,7 @@ def evaluate(model, split, objective, amp, device):
 
 @torch.no_grad()
 def represent(model, split, amp, device):
-    """States (sentences, width) after the last word before the verb, in eval mode, on the CPU."""
+    """States (sentences, width) before the verb, in eval mode, on the CPU."""
     model.eval()
     states, order = [], split["lengths"].argsort(stable=True)
     for part in order.split(64):
@@ -396,7 +394,7 @@ def represent(model, split, amp, device):
 
 @torch.no_grad()
 def answer_every_word(model, split, amp, device):
-    """Logits after every word, (sentences, longest, 2), in eval mode, on the CPU."""
+    """Logits after every word (sentences, longest, 2), in eval mode, on the CPU."""
     model.eval()
     logits = torch.zeros(*split["tokens"].shape, 2)
     for part in split["lengths"].argsort(stable=True).split(64):
@@ -407,8 +405,8 @@ def answer_every_word(model, split, amp, device):
 
 
 def test_all(model, data, objective, amp, device):
-    """({"test": metrics}, {"test_logits", "test_labels": tensor}). A-accuracy: mean over 0, 1, 2, 3
-    and 4 or more attractors, D-accuracy: over distances 1..16 (Abnar et al. 2020, sec. 3.1)."""
+    """({"test": metrics}, {"test_logits", "test_labels": tensor}). A-accuracy: mean over 0, 1, 2,
+    3, 4+ attractors, D-accuracy: over distances 1..16 (Abnar et al. 2020, sec. 3.1)."""
     split = data["test"]
     logits, loss = evaluate(model, split, objective, amp, device)
     correct = (logits.argmax(dim=1) == split["labels"]).double()
@@ -419,8 +417,8 @@ def test_all(model, data, objective, amp, device):
     by_attractors = by_group(split["attractors"].clamp(max=4), range(5))
     by_distance = by_group(split["distance"], range(1, 17))
     metrics = {**common.classification_metrics(logits, split["labels"]),
-               "a_accuracy": statistics.fmean(by_attractors.values()) if by_attractors else None,
-               "d_accuracy": statistics.fmean(by_distance.values()) if by_distance else None,
+               "a_accuracy": fmean(by_attractors.values()) if by_attractors else None,
+               "d_accuracy": fmean(by_distance.values()) if by_distance else None,
                "accuracy_by_attractors": by_attractors}
     if objective == "lm":
         metrics["perplexity"] = torch.tensor(loss).exp().item()  # infinite where it diverged
@@ -474,8 +472,7 @@ def relatives(args):
 
 
 def train(args, data):
-    """Train, test and save the run that `args` describe, unless that is done; returns its record.
-    An offline teacher is such a run too."""
+    """Train, test and save the run that `args` describe, unless it is there; returns its record."""
     (folder, config), device, kd = configure(args), args.device, args.kd
     record = common.find_run(folder, config)
     if record:
@@ -488,7 +485,7 @@ def train(args, data):
         plain = {"student": args.teacher, "seed": args.teacher_seed, "kd": None, "answers": None}
         teacher_metrics = train(argparse.Namespace(**vars(args) | plain), data)["metrics"]
         common.load_weights(teacher, configure(args, **plain)[0]).eval().requires_grad_(False)
-        if objective == "classification":  # it never changes: it is asked once for each word
+        if objective == "classification":  # asked once for each word
             split = split | {"soft": answer_every_word(teacher, split, args.amp, device)}
     if kd == "permuted":
         torch.manual_seed(args.seed)
@@ -513,13 +510,13 @@ def train(args, data):
     sizes["parameters"] = sum(parameter.numel() for parameter in student.parameters())
     print(f"\n{folder}, on {device}: {sizes['train']:,} sentences, {sizes['parameters']:,} "
           f"parameters, {epochs} epochs of {steps} batches")
-    history, begin = [], time.perf_counter()
+    history, begin = [], perf_counter()
     snapshots = {0: represent(student, data["probe"], args.amp, device)}
     # Dropout and order depend on the seed alone: twins see the same batches.
     torch.manual_seed(args.seed)
     order = torch.Generator().manual_seed(args.seed)
     for epoch in range(1, epochs + 1):
-        start, total_loss = time.perf_counter(), 0.0
+        start, total_loss = perf_counter(), 0.0
         student.train()
         for step, batch in enumerate(batches_by_length(lengths, batch_size, order), 1):
             sentences = take(split, batch)
@@ -530,9 +527,8 @@ def train(args, data):
                     soft = sentences["soft"][:, :x.shape[1]].flatten(0, 1).to(device)[where]
                 elif kd:
                     soft = read(teacher, x, where)
-
-            # A language model's words go in parts through head and loss: faster and smaller. The
-            # gradients meet at these copies of the states, then go on together.
+            # Head and loss take a language model's words in parts, whose gradients meet at these
+            # copies of the states: faster and smaller.
             optimizer.zero_grad()
             copy = states.detach().requires_grad_()
             soft_copy = soft.detach().requires_grad_(kd == "online") if kd else copy
@@ -558,7 +554,7 @@ def train(args, data):
             if step % 20 == 0 and sys.stdout.isatty():
                 print(f"epoch {epoch}/{epochs}  batch {step}/{steps}", end="\r", flush=True)
 
-        mean_loss, seconds = float(total_loss) / steps, time.perf_counter() - start
+        mean_loss, seconds = float(total_loss) / steps, perf_counter() - start
         if not math.isfinite(mean_loss):
             sys.exit(f"error: the loss is {mean_loss} in epoch {epoch}: try a lower --lr")
         logits, _ = evaluate(student, data["validation"], objective, args.amp, device)
@@ -567,7 +563,7 @@ def train(args, data):
                         "validation_accuracy": right.float().mean().item()})
         if epoch & (epoch - 1) == 0 or epoch == epochs:  # 1, 2, 4, 8 ... and the last
             snapshots[epoch] = represent(student, data["probe"], args.amp, device)
-        left = (time.perf_counter() - begin) / epoch * (epochs - epoch)
+        left = (perf_counter() - begin) / epoch * (epochs - epoch)
         print(f"epoch {epoch}/{epochs}  loss {mean_loss:.4f}  validation accuracy "
               f"{history[-1]['validation_accuracy']:.4f}  {left:.0f} s left", flush=True)
 
@@ -585,7 +581,7 @@ def train(args, data):
 
 
 def print_results(args, record):
-    """Test metrics of the student and, after distillation, of its teacher and untaught twin."""
+    """Test metrics of the student and, after distillation, of teacher and untaught twin."""
     rows = {"student": record["metrics"]}
     if args.kd:
         twin = common.find_run(*configure(args, kd=None, answers=None)) or {"metrics": None}
@@ -605,8 +601,8 @@ def parse_arguments(argv=None):
     add("--student", choices=MODELS, default="transformer-seq", help="model to train")
     add("--teacher", choices=MODELS, help="model to learn from (default: the student's kind)")
     add("--kd", nargs="?", const="offline", choices=["offline", "online", "permuted"],
-        help="distil from a trained teacher (plain --kd); online: train both together; permuted: "
-             "its soft labels, permuted among the answers of one label")
+        help="distil from a trained teacher (plain --kd); online: train both; permuted: permute "
+             "soft labels among answers of one label")
     add("--objective", choices=["classification", "lm"], default="classification",
         help="the verb's number from the words before it, or the next word")
     add("--answers", choices=["last", "every"],
@@ -619,14 +615,13 @@ def parse_arguments(argv=None):
     add("--teacher-seed", type=int, help="(default: seed + 1)")
     add("--data", choices=["auto", "linzen", "synthetic"], default="auto",
         help="linzen: fetched if not in --data-dir; auto: else those of a grammar")
-    add("--examples", type=int, help="training sentences (default: all, or 750 synthetic ones)")
-    add("--data-dir", type=Path, default="data", help="where the sentences are or are fetched to")
+    add("--examples", type=int, help="training sentences (default: all, or 750 synthetic)")
+    add("--data-dir", type=Path, default="data", help="where they are or are fetched to")
     add("--out", type=Path, default="runs", help="folder for runs")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, on CPUs",
         default=torch.cpu._is_avx512_bf16_supported())
     args = parser.parse_args(argv)
-
     for flag in ("teacher", "teacher_seed", "temperature", "alpha"):
         if getattr(args, flag) is not None and not args.kd:
             parser.error(f"--{flag.replace('_', '-')} has no effect without --kd")
@@ -654,7 +649,7 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
-    # oneDNN keeps a program for each shape of a batch: 2 GB.
+    # oneDNN keeps a program for each shape: 2 GB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     print_results(args, train(args, load_data(args)))
 
