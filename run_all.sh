@@ -6,8 +6,7 @@
 #   ./run_all.sh --list          the commands, plain runs first: the taught ones need them
 #   SEEDS=10 JOBS=4 OUT=/shared/runs DATA=/shared/data FLAGS="--device cuda:1" ./run_all.sh
 #
-# Plain runs have the seeds 0 .. SEEDS, taught ones 0 .. SEEDS-1: the plain run of seed 1 teaches
-# seed 0, and so on. A grid grows by raising SEEDS.
+# Plain runs have the seeds 0 .. SEEDS, taught ones 0 .. SEEDS-1: seed 1 teaches seed 0, and so on.
 set -eu
 cd "$(dirname "$0")"
 seq=transformer-seq quick='' list='' status=0
@@ -22,10 +21,10 @@ if [ $quick ]; then
   SEEDS=${SEEDS:-3} OUT=${OUT:-runs-quick}
   mnist='--data synthetic --examples 6000' sva='--data synthetic' classifiers="lstm $seq"
   pairs="cnn/mlp mlp/mlp" classifier_pairs="lstm/$seq $seq/$seq"
-  lms=$classifiers lm_pairs=$classifier_pairs permuted_sva=''
+  lms=$classifiers lm_pairs=$classifier_pairs
 else
   mnist='--data mnist' sva='--data linzen' classifiers="lstm transformer $seq ut-seq"
-  pairs=$(echo {mlp,cnn}/{mlp,cnn}) lms="lstm $seq ut-seq" permuted_sva=lstm/$seq
+  pairs=$(echo {mlp,cnn}/{mlp,cnn}) lms="lstm $seq ut-seq"
   classifier_pairs=$(echo {lstm,transformer,$seq,ut-seq}/{lstm,transformer,$seq,ut-seq})
   lm_pairs="$(echo {lstm,$seq}/{lstm,$seq}) lstm/ut-seq ut-seq/ut-seq"
 fi
@@ -40,20 +39,20 @@ taught() {  # "SCRIPT FLAGS" KD TEACHER/STUDENT ...
   for seed in $(seq 0 $((SEEDS - 1))); do for pair in "${@:3}"; do
     echo "$1 --teacher ${pair%/*} --student ${pair#*/} --seed $seed --kd $2"; done; done
 }
-commands() {
+commands() {  # the longest first: then no core is idle at the end
   if [ "$1" = first ]; then  # of each script: it fetches the data
-    echo "train_mnist.py $mnist --student cnn --seed 0"
+    echo "train_mnist.py $mnist --student mlp --seed 0"
     echo "train_sva.py $sva --student lstm --seed 0"
   elif [ "$1" = plain ]; then
-    plain "train_mnist.py $mnist" mlp cnn
-    plain "train_sva.py $sva" $classifiers
     plain "train_sva.py $sva --objective lm" $lms
+    plain "train_sva.py $sva" $classifiers
+    plain "train_mnist.py $mnist" cnn mlp
   else
-    taught "train_mnist.py $mnist" offline $pairs
-    taught "train_mnist.py $mnist" permuted cnn/mlp
-    taught "train_sva.py $sva" offline $classifier_pairs
-    taught "train_sva.py $sva" permuted $permuted_sva
     taught "train_sva.py $sva --objective lm" offline $lm_pairs
+    taught "train_sva.py $sva" offline $classifier_pairs
+    taught "train_mnist.py $mnist" offline $pairs
+    [ $quick ] || taught "train_sva.py $sva" permuted lstm/$seq
+    [ $quick ] || taught "train_mnist.py $mnist" permuted cnn/mlp
   fi
 }
 if [ $list ]; then commands plain; commands taught; exit; fi
