@@ -19,7 +19,7 @@ for argument; do
 done
 if [ $quick ]; then
   SEEDS=${SEEDS:-3} OUT=${OUT:-runs-quick}
-  mnist='--data synthetic --examples 6000' sva='--data synthetic' classifiers="lstm $seq"
+  mnist='--data synthetic --examples 4000' sva='--data synthetic' classifiers="lstm $seq"
   pairs="cnn/mlp mlp/mlp" classifier_pairs="lstm/$seq $seq/$seq"
   lms=$classifiers lm_pairs=$classifier_pairs
 else

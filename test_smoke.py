@@ -90,7 +90,7 @@ def test_run_files(tmp_path, monkeypatch, capfd):
     folder, model, config = tmp_path / "kind" / "seed0", torch.nn.Linear(1, 1), {"tag": 1}
     save = partial(common.save_run, folder, outputs={"x": torch.arange(3)}, model=model)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Path, "rename", lambda *_: 1 / 0)  # interrupted
+        patch.setattr(Path, "rename", lambda *_: 1 / 0)
         save({"config": config})
     assert not list(folder.parent.iterdir()) and common.find_run(folder, config) is None
     save({"config": config, "loss": math.inf})
@@ -113,8 +113,8 @@ def test_run_files(tmp_path, monkeypatch, capfd):
     (sva, "--teacher lstm --kd --answers last", "lstm-to-transformer-seq-last"),
     (sva, "--student ut-seq --kd --answers every --temperature 2", "ut-seq-to-ut-seq"),
     (sva, "--student lstm --objective lm --kd --batch-size 8", "lstm-to-lstm-batch-size8")])
-def test_names_of_runs(script, flags, name):
-    args = script.parse_arguments([*flags.split(), "--device", "cpu", "--data", "synthetic"])
+def test_names_of_runs(script, flags, name, tmp_path):
+    args = script.parse_arguments([*flags.split(), "--data", "synthetic", "--out", str(tmp_path)])
     args.files, args.available = {}, 750
     folder, config = script.configure(args)
     assert folder.parts[-2:] == (name, "seed0")
