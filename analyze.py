@@ -38,7 +38,7 @@ MARGIN = 0.05  # a smaller difference is little
 T = dict(zip(range(3, 13), (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)))
 
 # (claim, column, sign, one kind of run, against another). Sign 1: more is better; -1: less; 0:
-# the difference is little.
+# it is little.
 CLAIMS = [
     ("the stronger bias generalises better", "OOD: accuracy", 1, "strong", "plain"),
     ("teaching improves accuracy", "OOD: accuracy", 1, "taught", "plain"),

@@ -38,14 +38,14 @@ RECIPES = {("classification", "lstm"): {"batch_size": 128, "lr": 3e-3},
            ("lm", "lstm"): {"batch_size": 32, "lr": 6e-3},
            ("lm", "transformer"): {"batch_size": 64, "lr": 2e-3}}
 TEMPERATURE = {"classification": 2.0, "lm": 1.0}
-SENTENCES_READ, MOST_EPOCHS = 560_000, {"classification": 24, "lm": 30}  # in training
+SENTENCES_READ, MOST_EPOCHS = 560_000, {"classification": 24, "lm": 30}
 SYNTHETIC_EXAMPLES = 750
 TABLE = "agr_50_mostcommon_10K.tsv.gz"
 URL = f"https://www.dropbox.com/s/5axdu3q9jkxzjy8/{TABLE}?dl=1"
 COLUMNS = ("sentence", "verb_index", "verb_pos", "n_intervening", "n_diff_intervening", "distance")
 VOCABULARY_SIZE = 10_000
 PAD, UNKNOWN, START, END = range(4)  # token numbers; the words' numbers follow
-LONGEST_SENTENCE = 254  # words; START and END make it 256
+LONGEST_SENTENCE = 254  # words
 LOGITS_AT_ONCE = 2_500_000  # of a language model: more take more time and memory
 
 
@@ -338,7 +338,7 @@ def batches_by_length(lengths, batch_size, generator):
 
 def questions(batch, answers):
     """(tokens to read, where to answer in the flattened tokens, right answers). answers: after the
-    "last" or "every" word, or the "next" words. On the CPU: a GPU need not wait."""
+    "last" or "every" word, or the "next" words. On the CPU."""
     tokens = batch["tokens"][:, :batch["lengths"].max()].long()
     right, asked = batch["labels"][:, None].expand_as(tokens), tokens != PAD
     if answers == "next":
@@ -363,7 +363,7 @@ def evaluate(model, split, objective, amp, device):
     model.eval()
     logits, losses = [], []
     order = split["lengths"].argsort(stable=True)
-    for part in order.split(64):  # little padding
+    for part in order.split(64):
         batch = take(split, part)
         tokens, where, right = questions(batch, "next" if objective == "lm" else "last")
         verb = torch.arange(len(part)) * tokens.shape[1] + batch["answer_at"]
@@ -512,7 +512,7 @@ def train(args, data):
           f"parameters, {epochs} epochs of {steps} batches")
     history, begin = [], perf_counter()
     snapshots = {0: represent(student, data["probe"], args.amp, device)}
-    # Dropout and order depend on the seed alone: twins see the same batches.
+    # Dropout and order depend on the seed alone: twins see equal batches.
     torch.manual_seed(args.seed)
     order = torch.Generator().manual_seed(args.seed)
     for epoch in range(1, epochs + 1):
@@ -581,7 +581,7 @@ def train(args, data):
 
 
 def print_results(args, record):
-    """Test metrics of the student and, after distillation, of teacher and untaught twin."""
+    """Test metrics of the student and its teacher and untaught twin."""
     rows = {"student": record["metrics"]}
     if args.kd:
         twin = common.find_run(*configure(args, kd=None, answers=None)) or {"metrics": None}
@@ -649,7 +649,7 @@ def parse_arguments(argv=None):
 def main(argv=None):
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
-    # oneDNN keeps a program for each shape: 2 GB.
+    # oneDNN keeps programs for all shapes: 2 GB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     print_results(args, train(args, load_data(args)))
 
