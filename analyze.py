@@ -133,7 +133,7 @@ def load_runs(root):
     for path in sorted(root.glob("**/seed*/run.json")):
         try:
             groups.setdefault(path.parents[2], []).append(Run(path.parent))
-        except Exception as error:  # damage has many names
+        except Exception as error:
             print(f"left out: {path.parent} is unreadable ({error}): delete it", file=sys.stderr)
     return {folder: sorted(runs, key=lambda run: run.place) for folder, runs in groups.items()}
 
@@ -291,6 +291,8 @@ def mean_and_spread(values):
 
 def print_table(caption, header, lines):
     """A Markdown table without empty columns."""
+    if not lines:
+        return
     columns = [column for column in zip(header, *lines) if {*column[1:]} - {"-"}]
     widths = [max(map(len, column)) for column in columns]
     table = list(zip(*columns))
@@ -349,7 +351,7 @@ def print_group(title, runs, rows, claims):
                 ["claim", "run", "against", "difference", "seeds", "verdict"],
                 [[claim["claim"], claim["one"], claim["against"], claim["difference"],
                   str(len(claim["values"])), claim["verdict"]] for claim in tested])
-    print(f"\n{len(claims) - len(tested)} more are untested: fewer than 3 seeds")
+    print(f"\n{len(claims) - len(tested)} untested: fewer than 3 seeds")
     for kind, field in product(kinds, ("code", "device", "precision")):
         values = sorted({run.record["environment"][field] for run in kinds[kind]})
         if len(values) > 1:

@@ -64,7 +64,8 @@ for stage in first plain taught; do
     then echo "ok     $1/'$total' of '$stage': ${*:2}"
     else echo "FAILED $1/'$total' of '$stage': ${*:2}" >&2; exit 1; fi' _ || status=1
 done
-env -u OMP_NUM_THREADS "$PYTHON" analyze.py "$OUT" --data-dir "$DATA" --csv "$OUT/runs.csv" > "$OUT/analysis.md" || status=1
+env -u OMP_NUM_THREADS "$PYTHON" analyze.py "$OUT" --data-dir "$DATA" --csv "$OUT/runs.csv" \
+  > "$OUT/analysis.md" || status=1
 cat "$OUT/analysis.md"
 [ $status = 0 ] || echo "run_all.sh: some runs FAILED: start it again to retry" >&2
 exit $status
