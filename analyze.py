@@ -368,13 +368,13 @@ def draw(path, panels, xlabel, ylabel, **limits):
     """A figure of panels side by side, {title: [(name, role, x, y, deviation or None)]}."""
     import matplotlib.pyplot as plt
 
-    size = (3.2 * len(panels) + 0.6, 3.2)
+    size = (5.5 * len(panels), 3.2)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, curves) in zip(axes[0], panels.items()):
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel, **limits)
         for name, role, x, y, deviation in curves:
             axis.errorbar(x, y, deviation, fmt=STYLES[role], label=name, markersize=3, capsize=2)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -410,7 +410,7 @@ def paths_in_two_dimensions(runs):
 
 
 def plot_group(prefix, runs, rows):
-    """The figures about the runs of one task: a panel for each plain kind."""
+    """The figures of one task: a panel for each plain kind."""
     paths, calibration, attractors = {}, {}, {}
     for plain in dict.fromkeys(run.kind for run in runs if run.role() == "plain"
                                and run.student in STRONGER):
