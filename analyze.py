@@ -3,8 +3,7 @@
     python analyze.py runs
     python analyze.py runs --csv runs.csv --plots figures
 
-Every run is a row of numbers, and all that is shown reads these rows. run.json says which runs
-belong together; each setting, such as another temperature, is a kind of run of its own.
+Every run is a row of numbers, which all that is shown reads. Each setting is a kind of run.
 """
 
 import argparse
@@ -431,7 +430,8 @@ def plot_group(prefix, runs, rows):
         if "test" in runs[0].tests:
             draw(f"{prefix}-attractors.png", attractors, "attractors", "accuracy")
     for flag, curves in sweeps(runs, rows).items():
-        lines = [(name, role, sorted(curve), [fmean(curve[x]) for x in sorted(curve)],
+        lines = [(name, "strong" if name in STRONGER.values() else role, sorted(curve),
+                  [fmean(curve[x]) for x in sorted(curve)],
                   [pstdev(curve[x]) for x in sorted(curve)])
                  for name, (role, curve) in curves.items()]
         draw(f"{prefix}-{flag}.png", {"": lines}, flag, "OOD accuracy", xscale="symlog")
