@@ -559,7 +559,7 @@ def test_run_all(tmp_path):
 def test_readme(tmp_path, monkeypatch):
     text = (HERE / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^ *python (train_\w+)\.py([^#\n]*)", text, re.MULTILINE)
+    commands = re.findall(r"python (train_\w+)\.py([^#;\n]*)", text)
     for script, flags in commands:
         sys.modules[script].parse_arguments(flags.replace("$T", "5").split())
     example, = re.findall(r"## Copying out.*?```python\n(.*?)```", text, re.DOTALL)

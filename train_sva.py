@@ -8,7 +8,7 @@
 "The keys near the cabinet ..." is or are? The subject decides, not the nouns in between. Such
 attractors are rare in training and frequent in the test: it asks for the inductive bias. A run is
 run.json, outputs.npz and model.pt in runs/sva-<data>/<run name>/seed<k>/ (sva-lm-<data>: language
-models). After Abnar, Dehghani & Zuidema 2020 (arXiv 2006.00555).
+models). After Abnar et al. 2020 (arXiv 2006.00555).
 """
 
 import argparse
@@ -46,7 +46,7 @@ COLUMNS = ("sentence", "verb_index", "verb_pos", "n_intervening", "n_diff_interv
 VOCABULARY_SIZE = 10_000
 PAD, UNKNOWN, START, END = range(4)  # token numbers; the words' numbers follow
 LONGEST_SENTENCE = 254  # words
-LOGITS_AT_ONCE = 2_500_000  # of a language model: more take more time and memory
+LOGITS_AT_ONCE = 2_500_000  # more take more time and memory
 
 
 # ---- Models: tokens (n, length), PAD on the right -> states (n, length, width); head -> answers --
@@ -56,8 +56,10 @@ class LSTM(nn.Module):
     """Two LSTM layers; padding comes too late to matter."""
     causal = True
 
-    def __init__(self, vocabulary, outputs, width, dropout=0.25):
+    def __init__(self, vocabulary, outputs, width, dropout=None):
         super().__init__()
+        if dropout is None:  # classifiers learn by heart
+            dropout = 0.25 if outputs == 2 else 0.1
         self.embedding = nn.Embedding(vocabulary, width, padding_idx=PAD)
         self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True, dropout=dropout)
         self.drop = nn.Dropout(dropout)
@@ -109,7 +111,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(embedding.weight, std=0.1)
 
     def states(self, tokens):
-        x, mask = self.embedding(tokens), None  # None: causal, so padding comes too late
+        x, mask = self.embedding(tokens), None  # None: causal
         if not self.causal:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
             mask = F.pad(tokens != PAD, (1, 0), value=True)[:, None, None]
@@ -143,10 +145,10 @@ class Sentence(NamedTuple):
     distance: int  # words from the subject to the verb; -1 if unknown
 
 
-# ---- Synthetic sentences: "near the dogs that the cat sees , the king behind the boys sleeps ."
+# ---- Synthetic sentences: "near the dogs , the king behind the boys sleeps ."
 
-# What a symbol becomes, one of the list. [n]: of the symbol's own number; [m]: singular or plural
-# by chance, the same wherever [m] stands in a production.
+# What a symbol becomes, one of the list. [n]: of its own number; [m]: singular or plural by chance,
+# the same wherever [m] stands in a production.
 GRAMMAR = {
     "OPENING": ["", *2 * ["PREP NP[m] ,"], *2 * ["NP[m] SAY[m] that"]],
     "NP": [*5 * ["the N[n]"], *3 * ["the N[n] PREP NP[m]"],
@@ -528,7 +530,7 @@ def train(args, data):
                 elif kd:
                     soft = read(teacher, x, where)
             # Head and loss take a language model's words in parts, whose gradients meet at these
-            # copies of the states: faster and smaller.
+            # copies: faster and smaller.
             optimizer.zero_grad()
             copy = states.detach().requires_grad_()
             soft_copy = soft.detach().requires_grad_(kd == "online") if kd else copy
@@ -616,7 +618,7 @@ def parse_arguments(argv=None):
     add("--data", choices=["auto", "linzen", "synthetic"], default="auto",
         help="linzen: fetched if not in --data-dir; auto: else those of a grammar")
     add("--examples", type=int, help="training sentences (default: all, or 750 synthetic)")
-    add("--data-dir", type=Path, default="data", help="where they are or are fetched to")
+    add("--data-dir", type=Path, default="data", help="where they are or go")
     add("--out", type=Path, default="runs", help="folder for runs")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16, on CPUs",
