@@ -2,7 +2,7 @@
 # Every run of the grid, then the analysis. Finished runs are not repeated: start it again to go on.
 #
 #   ./run_all.sh                 real data, 4 seeds, hours
-#   ./run_all.sh --quick         the same questions on little synthetic data, 3 seeds, 5 minutes
+#   ./run_all.sh --quick         the same questions on little synthetic data, 3 seeds, minutes
 #   ./run_all.sh --list          the commands, plain runs first: the taught ones need them
 #   SEEDS=10 JOBS=4 OUT=/shared/runs DATA=/shared/data FLAGS="--device cuda:1" ./run_all.sh
 #
