@@ -510,7 +510,7 @@ def test_title_commands_and_a_killed_run(tmp_path):
         f"train_sva.py --teacher lstm --student transformer-seq --kd {SVA_SMALL}",
         f"train_mnist.py {SMALL} --epochs 50000")]
     for process in titles:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0 and err == "" and "s left" in out
         assert "untaught twin   not there yet: the same command without --kd" in out
     while not endless.stdout.readline().startswith("epoch"):
@@ -536,7 +536,7 @@ def test_run_all(tmp_path):
                  "OMP_NUM_THREADS": ""}
     def grid(*flags, **changes):
         process = start(HERE, "./run_all.sh", *flags, **variables | changes)
-        return *process.communicate(timeout=60), process.returncode
+        return *process.communicate(timeout=300), process.returncode
     listed = grid("--list", "--quick")[0].splitlines()
     assert set(listed) < set(grid("--list", "--quick", SEEDS="5")[0].splitlines())
     killed = start(HERE, "./run_all.sh", "--quick", **variables)
