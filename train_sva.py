@@ -35,7 +35,7 @@ import common
 # One recipe for all setups of a model, chosen on another grammar.
 RECIPES = {("classification", "lstm"): {"batch_size": 128, "lr": 3e-3},
            ("classification", "transformer"): {"batch_size": 128, "lr": 1e-3},
-           ("lm", "lstm"): {"batch_size": 32, "lr": 1.2e-2},
+           ("lm", "lstm"): {"batch_size": 32, "lr": 6e-3},
            ("lm", "transformer"): {"batch_size": 64, "lr": 2e-3}}
 TEMPERATURE = {"classification": 2.0, "lm": 1.0}
 SENTENCES_READ, MOST_EPOCHS = 560_000, {"classification": 24, "lm": 30}
