@@ -144,8 +144,7 @@ def kinds_of(runs):
 
 def over_tests(measure):
     """Mean over the tests out of distribution of measure(p of a, p of b, labels)."""
-    return lambda a, b: fmean(
-        measure(a.answers[test][0], *b.answers[test]) for test in a.tests)
+    return lambda a, b: fmean(measure(a.answers[test][0], *b.answers[test]) for test in a.tests)
 
 
 COMPARISONS = {
@@ -302,11 +301,12 @@ def print_table(caption, header, lines):
 
 
 def print_answer(claims):
-    """(taught - plain) / (strong - plain) and the headline claims."""
+    """(taught - plain) / (strong - plain), unless that gap is in doubt, and the headline claims."""
     for gain in [claim for claim in claims if claim["claim"] == HEADLINES[0]]:
         print(f"\n{gain['one']}, {len(gain['values'])} seeds:")
         for claim in claims:
-            if claim["claim"] == CLAIMS[0][0] and claim["against"] == gain["against"]:
+            if ((claim["claim"], claim["against"]) == (CLAIMS[0][0], gain["against"])
+                    and claim["verdict"] in ("supported", "untested")):
                 gap = fmean(claim["values"].get(seed, math.nan) for seed in gain["values"])
                 print(f"- {gain['mean'] / (gap or math.nan):.2f} of the gap between "
                       f"{gain['against']} and {claim['one']} ({gap:+.3f}) is closed")

@@ -61,8 +61,6 @@ def test_kd_loss_and_metrics():
     assert loss.item() == approx(total.item() / 6) and not loss.requires_grad
     pytest.raises(AssertionError, common.kd_loss, student[:1], teacher, labels)
     logits, labels, ece = normal(500, 10) * 2, torch.arange(500) % 10, 0.0
-    two = tensor([[0.9, 0.1], [0.95, 0.05]])
-    assert common.expected_calibration_error(two, tensor([0, 1])) == approx((0.1 + 0.95) / 2)
     p, right = logits.softmax(1), (logits.argmax(1) == labels).double()
     for low in range(15):
         rows = (p.amax(1) > low / 15) & (p.amax(1) <= (low + 1) / 15)
@@ -70,10 +68,8 @@ def test_kd_loss_and_metrics():
     nll = -np.mean([math.log(p[i, labels[i]]) for i in range(500)])
     assert common.classification_metrics(logits, labels) == approx({
         "accuracy": right.mean().item(), "ece": ece, "nll": nll})
-    labels = torch.zeros(10, dtype=torch.long)
-    a, b = tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, 1],
-                   [0, 0, 0, 0, 0, 0, 1, 1, 1, 0]])
-    assert common.error_consistency(a, b, labels) == approx((0.8 - 0.58) / (1 - 0.58))
+    a, b = tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 1, 0]])
+    assert common.error_consistency(a, b, torch.zeros_like(a)) == approx((0.8 - 0.58) / 0.42)
     q = normal(500, 10, seed=1).softmax(1)
     m = (p + q) / 2
     by_kl = ((p * (p / m).log2()).sum(1) / 2 + (q * (q / m).log2()).sum(1) / 2).mean().item()
@@ -100,7 +96,7 @@ def test_run_files(tmp_path, monkeypatch, capfd):
     for name, *read in (("model.pt", common.load_weights, model, folder),
                         ("run.json", common.find_run, folder, config)):
         (folder / name).write_bytes((folder / name).read_bytes()[:-9])
-        assert refused(capfd, "unreadable: delete", *read)
+        assert refused(capfd, "unreadable", *read)
 
 
 @pytest.mark.parametrize("script, flags, name", [
@@ -129,11 +125,11 @@ def test_names_of_runs(script, flags, name, tmp_path):
 
 @pytest.mark.parametrize("script, flags, expected", [
     (mnist, "--epochs 0", "--epochs must"), (mnist, "--out /proc/runs", "/proc/runs"),
-    (mnist, "--temperature 3", "--temperature has no effect without --kd"),
-    (mnist, "--kd --seed 3 --teacher-seed 3", "must not be the student's own"),
-    (sva, "--objective lm --student transformer", "reads both ways"),
-    (sva, "--answers every --kd --teacher transformer", "reads both ways"),
-    (sva, "--objective lm --kd permuted", "for classifiers"), (analyze, "x", "no finished")])
+    (mnist, "--temperature 3", "--temperature has no effect"),
+    (mnist, "--kd --seed 3 --teacher-seed 3", "student's own"),
+    (sva, "--objective lm --student transformer", "both ways"),
+    (sva, "--answers every --kd --teacher transformer", "both ways"),
+    (sva, "--objective lm --kd permuted", "classifiers"), (analyze, "x", "no finished")])
 def test_bad_input(capfd, script, flags, expected):
     assert refused(capfd, expected, script.main, flags.split())
 
@@ -151,13 +147,13 @@ def test_mnist_or_synthetic(monkeypatch, capfd):
     monkeypatch.setattr(datasets, "MNIST", made_up)
     data = mnist.load_data(args := arguments())
     sizes = [len(y) for _, y in data.values()]
-    assert args.data == "mnist" and sizes == [55_000, 5_000, 10_000, 10_000, 10_000]
+    assert args.data == "mnist" and sizes == [55_000, 5_000] + [10_000] * 3
     assert (data["validation"][0][0] == 55_000 % 256).all() and data["validation"][1][1] == 1
     monkeypatch.setattr(datasets, "MNIST", lambda *_, **__: 1 / 0)
     data = mnist.load_data(args := arguments(examples=60))
     assert len(data["train"][1]) == 55 and args.data == "synthetic"
     assert "SYNTHETIC" in capfd.readouterr().err
-    assert refused(capfd, "no MNIST in", mnist.load_data, arguments(data="mnist"))
+    assert refused(capfd, "no MNIST", mnist.load_data, arguments(data="mnist"))
 
 
 def test_translated_and_scaled():
@@ -279,7 +275,7 @@ def test_tables_of_sentences(tmp_path, capfd):
         shown = lm["tokens"][row, lm["answer_at"][row] + 1].item()
         assert shown == lm["forms"][row, label] != lm["forms"][row, 1 - label]
     (tmp_path / "test.tsv").write_text(HEADER + "a\tb\n")
-    assert refused(capfd, "test.tsv, line 2", sva.load_data, args)
+    assert refused(capfd, "line 2", sva.load_data, args)
     rows = "".join(ROWS[0].replace("key", f"key{i}") for i in range(200))
     args = arguments(data_dir=tmp_path / "one", examples=10)
     args.data_dir.mkdir()
@@ -345,9 +341,8 @@ def test_answers_and_metrics(monkeypatch):
 @pytest.fixture
 def small_models(monkeypatch):
     seq = partial(sva.Transformer, width=16, layers=1)
-    monkeypatch.setattr(sva, "MODELS", {
-        "lstm": partial(sva.LSTM, width=16, dropout=0.0), "transformer-seq": seq,
-        "transformer": partial(seq, causal=False)})
+    monkeypatch.setattr(sva, "MODELS", {"lstm": partial(sva.LSTM, width=16, dropout=0.0),
+                        "transformer-seq": seq, "transformer": partial(seq, causal=False)})
 
 
 def test_setups_of_sentences(tmp_path, monkeypatch, small_models):
@@ -424,7 +419,7 @@ own kind: CKA, mlp-to-mlp, mlp | solutions: prediction spread, mlp, cnn
 solutions: representation spread, mlp, cnn""".replace("\n", " | ").split(" | ")
 
 
-def test_claims_and_verdicts():
+def test_claims_and_verdicts(capsys):
     runs = made_up_runs()
     for (name, *_), line in zip(analyze.CLAIMS, HIGHER, strict=True):
         column, high, low = line.split(", ")
@@ -437,6 +432,11 @@ def test_claims_and_verdicts():
             found, = [claim for claim in analyze.test_claims(runs, rows) if claim["claim"] == name]
             assert found["verdict"] == verdict and {found["one"], found["against"]} == {high, low}
             assert sorted(found["values"]) == [0, 1, 2, 3, 4]
+    for gap in (0.4, 0):
+        analyze.print_answer(analyze.test_claims(runs, {each.key: {"OOD: accuracy": {
+            "cnn": gap, "cnn-to-mlp": 0.3}.get(each.kind, 0)} for each in runs}))
+        shares = re.findall(r"(\S+) of the gap", capsys.readouterr()[0])
+        assert shares == ["0.75"] * (gap > 0)
     random, verdicts = np.random.default_rng(0), Counter()
     for _ in range(200):  # kinds that are one
         rows = {each.key: {column: random.normal() for _, column, *_ in analyze.CLAIMS}
@@ -447,7 +447,7 @@ def test_claims_and_verdicts():
     spread = torch.cdist(weak, weak).square() - torch.cdist(strong, strong).square()
     found = [analyze.t_test(analyze.jackknife(pairs).tolist(), 1)[2] for pairs in spread]
     assert 30 < 1000 - found.count("inconclusive") < 70
-    mean, half, _ = analyze.t_test([1.0, 2.0, 3.0, 4.0], 1)
+    mean, half, _ = analyze.t_test([1, 2, 3, 4], 1)
     assert (mean, half) == approx((2.5, 3.182 * 0.645497), abs=1e-3)
 
 
@@ -512,14 +512,13 @@ def test_title_commands_and_a_killed_run(tmp_path):
     for process in titles:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0 and err == "" and "s left" in out
-        assert "untaught twin   not there yet: the same command without --kd" in out
+        assert "untaught twin   not there yet" in out
     while not endless.stdout.readline().startswith("epoch"):
         assert endless.poll() is None
     endless.kill()
     endless.communicate()
     runs = [path.parts[-3] for path in tmp_path.rglob("run.json")]
-    assert len(runs) == 4 and "50000" not in str(runs)
-    assert len([*tmp_path.rglob("seed2")]) == 2
+    assert len(runs) == 4 and "50000" not in str(runs) and len([*tmp_path.rglob("seed2")]) == 2
 
 
 STUB = """#!/bin/sh
@@ -553,7 +552,7 @@ def test_run_all(tmp_path):
     assert set(ran) == set(listed) and len(listed) == len(set(listed)) > 20
     assert sorted(ran, key=lambda line: "--kd" in line) == ran
     printed, err, code = grid("--quick", FAIL="2")
-    assert code == 1 and "some runs FAILED" in err and printed.endswith("tables\n")
+    assert code == 1 and "FAILED" in err and printed.endswith("tables\n")
     assert "--teacher cnn --student mlp --seed 1 --kd" in err
 
 
@@ -569,4 +568,4 @@ def test_readme(tmp_path, monkeypatch):
     before = F.mse_loss(student(x).softmax(1), teacher(x).softmax(1))
     exec(example, {"teacher": teacher, "student": student, "loader": loader})
     assert F.mse_loss(student(x).softmax(1), teacher(x).softmax(1)) < before and len(commands) > 6
-    assert 10 <= len(example.splitlines()) <= 15
+    assert len(example.splitlines()) <= 15
