@@ -305,11 +305,11 @@ def print_answer(claims):
     for gain in [claim for claim in claims if claim["claim"] == HEADLINES[0]]:
         print(f"\n{gain['one']}, {len(gain['values'])} seeds:")
         for claim in claims:
-            if ((claim["claim"], claim["against"]) == (CLAIMS[0][0], gain["against"])
-                    and claim["verdict"] in ("supported", "untested")):
+            if (claim["claim"], claim["against"]) == (CLAIMS[0][0], gain["against"]):
                 gap = fmean(claim["values"].get(seed, math.nan) for seed in gain["values"])
-                print(f"- {gain['mean'] / (gap or math.nan):.2f} of the gap between "
-                      f"{gain['against']} and {claim['one']} ({gap:+.3f}) is closed")
+                if gap > 0 and claim["verdict"] in ("supported", "untested"):
+                    print(f"- {gain['mean'] / gap:.2f} of the gap between "
+                          f"{gain['against']} and {claim['one']} ({gap:+.3f}) is closed")
             if claim["one"] == gain["one"] and claim["claim"] in HEADLINES:
                 print(f"- {claim['claim']}: {claim['difference']}, {claim['verdict']}")
 
