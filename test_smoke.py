@@ -180,14 +180,14 @@ def watch_loss(patch, steps):
     patch.setattr(common, "kd_loss", watched)
 
 
-def check_soft_labels(steps, fresh, permuted, temperature, tolerance):
+def check_soft_labels(steps, fresh, permuted, temperature, alpha, tolerance):
     soft, labels = (torch.cat([step[key] for step in steps]) for key in ("soft", "labels"))
     own = ((fresh - soft).abs().amax(dim=1) < tolerance).double().mean()
     assert own < 0.2 if permuted else own > 0.999
     for label in labels.unique() if permuted else ():
         distance = torch.cdist(soft[labels == label], fresh[labels == label]).amin(dim=1)
         assert (distance < 10 * tolerance).double().mean() > 0.9
-    assert all(step["flags"] == (temperature, 1) for step in steps)
+    assert all(step["flags"] == (temperature, alpha) for step in steps)
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +197,8 @@ def grid(tmp_path_factory):
     watch_loss(patch, steps)
     patch.setattr(mnist, "to_input", lambda x: (steps.append({"images": x}), to_input(x))[1])
     for flags in ("--seed 1", "--student cnn --seed 1", "--student cnn", "", "--kd",
-                  "--teacher cnn --kd", "--teacher cnn --kd permuted", "--teacher cnn --kd online",
-                  "--teacher cnn --kd --temperature 5"):
+                  "--teacher cnn --kd", "--teacher cnn --kd permuted",
+                  "--teacher cnn --kd online --alpha 0.9", "--teacher cnn --kd --temperature 5"):
         steps.clear()
         runs[flags] = *run(mnist, flags, out), [step for step in steps if len(step["images"]) == 48]
     patch.undo()
@@ -231,11 +231,11 @@ def test_soft_labels_of_digits(grid):
     for flags in ("", " permuted", " --temperature 5"):
         _, record, steps = grid[f"--teacher cnn --kd{flags}"]
         fresh = torch.cat([teacher(mnist.to_input(step["images"])) for step in steps])
-        check_soft_labels(steps, fresh, "permuted" in flags, 5 if "5" in flags else 20, 1e-3)
+        check_soft_labels(steps, fresh, "permuted" in flags, 5 if "5" in flags else 20, 1, 1e-3)
         assert record["teacher_metrics"] == plain["metrics"]
-    losses = [F.cross_entropy(step["soft"], step["labels"]).item()
-              for step in grid["--teacher cnn --kd online"][2]]
-    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    steps = grid["--teacher cnn --kd online --alpha 0.9"][2]
+    losses = [F.cross_entropy(step["soft"], step["labels"]).item() for step in steps]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5]) and steps[0]["flags"] == (20, 0.9)
 
 
 def test_grammar():
@@ -358,8 +358,8 @@ def test_setups_of_sentences(tmp_path, monkeypatch, small_models):
     for flags, every in (
             ("", False), ("--answers every", True), ("--teacher lstm --kd", True),
             ("--teacher lstm --kd --answers last", False), ("--teacher lstm --kd permuted", True),
-            ("--teacher transformer --kd --temperature 3", False), ("--objective lm", True),
-            ("--objective lm --teacher lstm --kd", True)):
+            ("--teacher transformer --kd --temperature 3 --alpha 0.9", False),
+            ("--objective lm", True), ("--objective lm --teacher lstm --kd", True)):
         folder, record = run(sva, flags, tmp_path)
         config, lm, steps = record["config"], "lm" in flags, seen[-6:]
         batches = first.setdefault(lm, [step["tokens"] for step in steps])
@@ -373,8 +373,8 @@ def test_setups_of_sentences(tmp_path, monkeypatch, small_models):
             common.load_weights(teacher, folder.parents[1] / record["teacher"])
             fresh = torch.cat([teacher.head(read(teacher, step["tokens"], step["where"])).detach()
                                for step in steps])
-            temperature = 3 if "3" in flags else 1 if lm else 2
-            check_soft_labels(steps, fresh, "permuted" in flags, temperature, 1e-5)
+            temperature, alpha = (3, 0.9) if "3" in flags else (1 if lm else 2, 1)
+            check_soft_labels(steps, fresh, "permuted" in flags, temperature, alpha, 1e-5)
 
 
 def test_parts_add_up_and_both_online_learn(tmp_path, monkeypatch, small_models):
