@@ -3,25 +3,24 @@
 import csv
 import gzip
 import json
-import math
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter
 from functools import partial
 from itertools import product
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from pytest import approx
-from torch import tensor
+from torch import nn, tensor
 
 import analyze
 import common
@@ -45,15 +44,14 @@ def normal(*shape, seed=0):
 
 
 def refused(capfd, expected, function, *arguments):
-    with pytest.raises(SystemExit) as end:
-        function(*arguments)
+    end = pytest.raises(SystemExit, function, *arguments)
     return end.value.code and expected in capfd.readouterr().err + str(end.value.code)
 
 
 def test_kd_loss_and_metrics():
     student, teacher = normal(2, 3, 4), normal(2, 3, 4, seed=1).requires_grad_()
     labels, t, alpha, total = tensor([[0, 2, 1], [1, 3, 3]]), 3.0, 0.7, 0.0
-    for at in product(range(2), range(3)):
+    for at in np.ndindex(2, 3):
         p, q, r = ((x[at] / d).exp() / (x[at] / d).exp().sum()
                    for x, d in ((teacher, t), (student, t), (student, 1)))
         total += alpha * t**2 * (p * (p / q).log()).sum() - (1 - alpha) * r[labels[at]].log()
@@ -67,31 +65,31 @@ def test_kd_loss_and_metrics():
     for low in range(15):
         rows = (p.amax(1) > low / 15) & (p.amax(1) <= (low + 1) / 15)
         ece += (right[rows] - p.amax(1)[rows]).sum().abs().item() / 500
-    nll = -np.mean([math.log(p[i, labels[i]]) for i in range(500)])
+    nll = -np.mean([p[i, labels[i]].log() for i in range(500)])
     assert common.classification_metrics(logits, labels) == approx({
         "accuracy": right.mean().item(), "ece": ece, "nll": nll})
-    a, b = tensor([[0, 0, 0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 1, 0]])
+    a, b = tensor([[0] * 7 + [1] * 3, [0] * 6 + [1] * 3 + [0]])
     assert common.error_consistency(a, b, torch.zeros_like(a)) == approx((0.8 - 0.58) / 0.42)
     q = normal(500, 10, seed=1).softmax(1)
     m = (p + q) / 2
     by_kl = ((p * (p / m).log2()).sum(1) / 2 + (q * (q / m).log2()).sum(1) / 2).mean().item()
     assert common.js_divergence(p, q) == approx(by_kl)
     x, y = normal(8, 3) + 0.3, normal(8, 5, seed=2)
-    centring = torch.eye(8, dtype=torch.double) - 1 / 8
+    centring = torch.eye(8).double() - 1 / 8
     k, l = (centring @ (z @ z.T) @ centring for z in (x, y))
     assert common.linear_cka(x, y) == approx(((k * l).sum() / (k.norm() * l.norm())).item())
-    cosines = [F.cosine_similarity(z[:, None], z[None], dim=2) for z in (x, y)]
-    assert common.rsa(x, y) == approx(F.cosine_similarity(*cosines, dim=1).mean().item())
+    cosines = [F.cosine_similarity(z[:, None], z[None], 2) for z in (x, y)]
+    assert common.rsa(x, y) == approx(F.cosine_similarity(*cosines).mean().item())
 
 
 def test_run_files(tmp_path, monkeypatch, capfd):
-    folder, model, config = tmp_path / "kind" / "seed0", torch.nn.Linear(1, 1), {"tag": 1}
+    folder, model, config = tmp_path / "kind/seed0", nn.Linear(1, 1), {"tag": 1}
     save = partial(common.save_run, folder, outputs={"x": torch.arange(3)}, model=model)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(Path, "rename", lambda *_: 1 / 0)
         save({"config": config})
     assert not list(folder.parent.iterdir()) and common.find_run(folder, config) is None
-    save({"config": config, "loss": math.inf})
+    save({"config": config, "loss": np.inf})
     save({"config": {"tag": 2}})
     assert common.find_run(folder, config) == {"config": config, "loss": None}
     assert refused(capfd, "tag is 1, not 2", common.find_run, folder, {"tag": 2})
@@ -137,8 +135,8 @@ def test_bad_input(capfd, script, flags, expected):
 
 
 def arguments(**changes):
-    return Namespace(**{"data": "auto", "examples": None, "data_dir": Path("nowhere"),
-                        "device": CPU, "objective": "classification"} | changes)
+    defaults = dict(data="auto", examples=None, data_dir=Path("nowhere"), device=CPU)
+    return Namespace(objective="classification", **defaults | changes)
 
 
 def test_mnist_or_synthetic(monkeypatch, capfd):
@@ -168,7 +166,7 @@ def test_translated_and_scaled():
                     if torch.equal(framed.roll(shift, (0, 1))[3:-3, 3:-3], moved))
     assert len(seen) == 4 and seen.total() == 40
     scaled = affine(images.float(), 0, [0, 0], 0.7, [0], InterpolationMode.BILINEAR)
-    assert torch.allclose(data["scaled"][0], scaled, atol=0.02)
+    assert close(data["scaled"][0], scaled, atol=0.02)
     assert all(torch.equal(data[test][1], labels) for test in mnist.TESTS)
 
 
@@ -182,10 +180,10 @@ def watch_loss(patch, steps):
 
 def check_soft_labels(steps, fresh, permuted, temperature, alpha, tolerance):
     soft, labels = (torch.cat([step[key] for step in steps]) for key in ("soft", "labels"))
-    own = ((fresh - soft).abs().amax(dim=1) < tolerance).double().mean()
+    own = ((fresh - soft).abs().amax(1) < tolerance).double().mean()
     assert own < 0.2 if permuted else own > 0.999
     for label in labels.unique() if permuted else ():
-        distance = torch.cdist(soft[labels == label], fresh[labels == label]).amin(dim=1)
+        distance = torch.cdist(soft[labels == label], fresh[labels == label]).amin(1)
         assert (distance < 10 * tolerance).double().mean() > 0.9
     assert all(step["flags"] == (temperature, alpha) for step in steps)
 
@@ -218,7 +216,7 @@ def test_setups_of_digits(grid):
         for test in mnist.TESTS:
             logits = mnist.evaluate(model.train(), data[test][0], False)[0]
             assert close(model.eval()(mnist.to_input(data[test][0][:7])), logits[:7])
-            assert np.allclose(outputs[f"{test}_logits"], logits, atol=1e-4)
+            assert close(tensor(outputs[f"{test}_logits"]), logits)
     path, images = first["mlp", 0]
     assert not np.array_equal(path[0], first["mlp", 1][0][0])
     assert not torch.equal(images[0], images[11])
@@ -292,11 +290,11 @@ def test_padding_and_causality(name):
     tokens = torch.arange(4, 18).view(2, 7)
     tokens[0, 5:] = sva.PAD
     before, changed = model.states(tokens), tokens.clone()
-    assert torch.allclose(model.states(tokens[:1, :5]), before[:1, :5], atol=1e-5)
+    assert close(model.states(tokens[:1, :5]), before[:1, :5], atol=1e-5)
     changed[:, 4] = 19
     after = model.states(changed)
-    assert (before[:, 4] - after[:, 4]).abs().amax(dim=1).min() > 1e-4
-    assert torch.allclose(before[:, :4], after[:, :4], atol=1e-5) is (name != "transformer")
+    assert (before[:, 4] - after[:, 4]).abs().amax(1).min() > 1e-4
+    assert close(before[:, :4], after[:, :4], atol=1e-5) is (name != "transformer")
 
 
 @torch.no_grad()
@@ -326,14 +324,14 @@ def test_answers_and_metrics(monkeypatch):
     found, loss = sva.evaluate(model.train(), split, "lm", False, CPU)
     for row, sentence in zip(found, sentences):
         words = [sva.START, *map(vocabulary.get, sentence.text.split()), sva.END]
-        scores = loop(model, words).log_softmax(dim=1)
+        scores = loop(model, words).log_softmax(1)
         losses += [-scores[place, word].item() for place, word in enumerate(words[1:])]
         assert close(row, scores[sentence.verb, [7, 5]])
     assert loss == approx(np.mean(losses), rel=1e-5)
     split = {"labels": tensor([0, 0, 1, 0, 1]), "distance": tensor([1, 20, 3, 3, -1]),
              "attractors": tensor([0, 0, 0, 6, -1])}
     singular = tensor([[2.0, 0]] * 5)
-    monkeypatch.setattr(sva, "evaluate", lambda *_: (singular, math.log(7)))
+    monkeypatch.setattr(sva, "evaluate", lambda *_: (singular, np.log(7)))
     metrics = sva.test_all(None, {"test": split}, "lm", False, CPU)[0]["test"]
     assert metrics["perplexity"] == approx(7)
     assert metrics["a_accuracy"] == approx((2 / 3 + 1) / 2)
@@ -364,7 +362,7 @@ def test_setups_of_sentences(tmp_path, monkeypatch, small_models):
         config, lm, steps = record["config"], "lm" in flags, seen[-6:]
         batches = first.setdefault(lm, [step["tokens"] for step in steps])
         for tokens, step in zip(batches, steps, strict=True):
-            words = len(step["where"]) if lm else int((tokens != 0).sum())
+            words = len(step["where"]) if lm else tokens.count_nonzero()
             assert torch.equal(tokens, step["tokens"])
             assert len(step["where"]) == (words if every else 32)
         if "--kd" in flags:
@@ -393,21 +391,19 @@ def test_parts_add_up_and_both_online_learn(tmp_path, monkeypatch, small_models)
 
 
 def made_up_runs():
-    runs = []
-    for kind, seed in product(("cnn", "mlp", "cnn-to-mlp", "mlp-to-mlp", "mlp-to-cnn",
-                               "cnn-to-mlp-permuted", "mlp-lr1"), range(5)):
-        made = analyze.Run.__new__(analyze.Run)
+    runs, kinds = [], "cnn mlp cnn-to-mlp mlp-to-mlp mlp-to-cnn cnn-to-mlp-permuted mlp-lr1"
+    for kind, seed in product(kinds.split(), range(5)):
         *teacher, student = re.sub("-permuted|-lr1", "", kind).split("-to-")
         kd = "permuted" if "permuted" in kind else "offline" if teacher else None
-        made.kind, made.seed, made.key, made.student = kind, seed, f"{kind}/seed{seed}", student
-        made.config = {"kd": kd, "teacher": "".join(teacher)}
-        made.record = {"plain": {model: f"{model}/seed{seed}" for model in ("mlp", "cnn")}}
+        end = f"/seed{seed}"
+        record = {"plain": {model: model + end for model in ("mlp", "cnn")}}
         if teacher:
-            made.record |= {
-                "untaught": f"{student}/seed{seed}", "teacher": f"{teacher[0]}/seed{seed + 1}",
-                "self_taught": f"{student}-to-{student}/seed{seed}",
-                "permuted": f"{teacher[0]}-to-{student}-permuted/seed{seed}"}
-        runs.append(made)
+            record |= {"untaught": student + end, "teacher": f"{teacher[0]}/seed{seed + 1}",
+                       "self_taught": f"{student}-to-{student}{end}",
+                       "permuted": f"{teacher[0]}-to-{student}-permuted{end}"}
+        runs.append(analyze.Run.__new__(analyze.Run))
+        vars(runs[-1]).update(kind=kind, seed=seed, key=kind + end, student=student, record=record,
+                              config={"kd": kd, "teacher": "".join(teacher)})
     return runs
 
 
@@ -428,20 +424,20 @@ def test_claims_and_verdicts(capsys):
         if column == "own kind: CKA":
             cases = [(0.01, "supported"), (0.2, "contradicted"), (-0.2, "contradicted")]
         for change, verdict in cases:
-            rows = {each.key: {column: 50.0 + each.seed + change * (each.kind == high)
-                               + 1e-4 * each.seed**2 * (each.kind == low)} for each in runs}
+            rows = {one.key: {column: 50.0 + one.seed + change * (one.kind == high)
+                               + 1e-4 * one.seed**2 * (one.kind == low)} for one in runs}
             found, = [claim for claim in analyze.test_claims(runs, rows) if claim["claim"] == name]
             assert found["verdict"] == verdict and {found["one"], found["against"]} == {high, low}
             assert sorted(found["values"]) == [0, 1, 2, 3, 4]
     for doubt in (0, 9):
-        rows = {each.key: {"OOD: accuracy": {"cnn": 0.4 + doubt * (-1)**each.seed,
-            "cnn-to-mlp": 0.3}.get(each.kind, 0)} for each in runs}
+        rows = {one.key: {"OOD: accuracy": {"cnn": 0.4 + doubt * (-1)**one.seed,
+            "cnn-to-mlp": 0.3}.get(one.kind, 0)} for one in runs}
         analyze.print_answer(analyze.test_claims(runs, rows))
         assert re.findall(r"(\S+) of the gap", capsys.readouterr()[0]) == ["0.75"] * (not doubt)
     random, verdicts = np.random.default_rng(0), Counter()
     for _ in range(200):  # kinds that are one
-        rows = {each.key: {column: random.normal() for _, column, *_ in analyze.CLAIMS}
-                for each in runs}
+        rows = {one.key: {column: random.normal() for _, column, *_ in analyze.CLAIMS}
+                for one in runs}
         verdicts.update(claim["verdict"] for claim in analyze.test_claims(runs, rows))
     assert 0.03 < 1 - verdicts["inconclusive"] / verdicts.total() < 0.07
     weak, strong = normal(2, 1000, 4, 30)
@@ -455,15 +451,15 @@ def test_claims_and_verdicts(capsys):
 def test_references_and_barrier():
     runs = made_up_runs()
     runs[10].record["teacher"] = "cnn/seed3"
-    for each in runs:
+    for one in runs:
         found = {whose: [other.key for other in others]
-                 for whose, others in analyze.references(each, runs).items()}
-        teacher = each.record.get("teacher")
-        for whose, model in (("own kind", each.student), ("other strong", "cnn")):
-            keys = [f"{model}/seed{s}" for s in range(5) if s not in (each.seed, each.seed + 1)]
+                 for whose, others in analyze.references(one, runs).items()}
+        teacher = one.record.get("teacher")
+        for whose, model in (("own kind", one.student), ("other strong", "cnn")):
+            keys = [f"{model}/seed{s}" for s in range(5) if s not in (one.seed, one.seed + 1)]
             assert found[whose] == [key for key in keys if key != teacher]
         assert found["own teacher"] == [other.key for other in runs if other.key == teacher]
-    model, heights, way = torch.nn.BatchNorm1d(1), iter([1.0, *[2.0] * 19, 1.5]), []
+    model, heights, way = nn.BatchNorm1d(1), iter([1.0, *[2.0] * 19, 1.5]), []
     ends = [model.state_dict() | {"weight": tensor([end])} for end in (3.0, 5.0)]
     found = analyze.barrier(model, *ends, lambda model: way.append(
         model.weight.item()) or next(heights))
@@ -471,20 +467,20 @@ def test_references_and_barrier():
 
 
 def test_analysis(grid, tmp_path, capsys, monkeypatch):
-    root = shutil.copytree(grid[""][0].parents[1], tmp_path / "a" / "mnist-synthetic")
+    root = shutil.copytree(grid[""][0].parents[1], tmp_path / "a/mnist-synthetic")
     self_taught, plain, cnn = (grid[f][0].parts[-2] for f in ("--kd", "", "--student cnn"))
     mnist.main([*SMALL.split(), "--kd", "--out", str(root.parent)])
-    assert json.loads((root / self_taught / "seed0" / "run.json").read_text()) == grid["--kd"][1]
-    shutil.copy(root / plain / "seed1" / "outputs.npz", root / self_taught / "seed0")
-    shutil.copytree(root / plain, tmp_path / "b" / "mnist-synthetic" / plain)
-    (root / cnn / "seed0" / "outputs.npz").write_bytes(b"PK")
+    assert json.loads((root / self_taught / "seed0/run.json").read_text()) == grid["--kd"][1]
+    shutil.copy(root / plain / "seed1/outputs.npz", root / self_taught / "seed0")
+    shutil.copytree(root / plain, tmp_path / "b/mnist-synthetic" / plain)
+    (root / cnn / "seed0/outputs.npz").write_bytes(b"PK")
     ends, load_weights = [], common.load_weights
     monkeypatch.setattr(common, "load_weights", lambda model, folder: (
-        ends.append("/".join(folder.parts[-2:])), load_weights(model, folder))[1])
+        ends.append(folder.parts[-2:]), load_weights(model, folder))[1])
     analyze.main([str(tmp_path), "--csv", str(tmp_path / "all.csv")])
     out, err = capsys.readouterr()
-    with open(tmp_path / "all.csv", encoding="utf-8") as file:
-        rows = {(row["group"], row["run"], row["seed"]): row for row in csv.DictReader(file)}
+    table = csv.DictReader((tmp_path / "all.csv").read_text().splitlines())
+    rows = {(row["group"], row["run"], row["seed"]): row for row in table}
     assert len(rows) == 8 + 2 and cnn in err and "unreadable" in err
     found = rows["a/mnist-synthetic", self_taught, "0"]
     for name, value in zip(analyze.COMPARISONS, (1, 1, 0, 1, 1, 0)):
@@ -495,17 +491,17 @@ def test_analysis(grid, tmp_path, capsys, monkeypatch):
     sweep = re.search(r"OOD accuracy over temperature.*\n\n(.*)\n.*\n(.*)\n", out)
     assert re.findall(r"\d+\.\d", sweep[1]) == ["5.0", "20.0"] and "cnn-to-mlp" in sweep[2]
     assert set(zip(ends[::2], ends[1::2])) >= {
-        (f"{plain}/seed0", f"{self_taught}/seed0"), (f"{plain}/seed1", f"{plain}/seed0")}
+        ((plain, "seed0"), (self_taught, "seed0")), ((plain, "seed1"), (plain, "seed0"))}
 
 
 def start(folder, *command, **variables):
-    return subprocess.Popen(command, cwd=folder, env=os.environ | variables, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return Popen(command, cwd=folder, env=os.environ | variables, text=True, stdout=PIPE,
+                 stderr=PIPE, start_new_session=True)
 
 
-def test_title_commands_and_a_killed_run(tmp_path):
-    for name in ("train_mnist.py", "train_sva.py", "common.py"):
-        shutil.copy(HERE / name, tmp_path)
+def test_titles_and_a_killed_run(tmp_path):
+    for module in mnist, sva, common:
+        shutil.copy(module.__file__, tmp_path)
     *titles, endless = [start(tmp_path, sys.executable, "-u", *command.split()) for command in (
         f"train_mnist.py --teacher cnn --student mlp --kd --teacher-seed 2 {SMALL}",
         f"train_sva.py --teacher lstm --student transformer-seq --kd --teacher-seed 2 {SVA_SMALL}",
@@ -533,8 +529,7 @@ def test_run_all(tmp_path):
     stub.write_text(STUB)
     stub.chmod(0o755)
     out.mkdir()
-    variables = {"PYTHON": str(stub), "LOG": str(log), "OUT": str(out), "SEEDS": "2", "FAIL": "0",
-                 "OMP_NUM_THREADS": ""}
+    variables = dict(PYTHON=stub, LOG=log, OUT=out, SEEDS="2", FAIL="0", OMP_NUM_THREADS="")
     def grid(*flags, **changes):
         process = start(HERE, "./run_all.sh", *flags, **variables | changes)
         return *process.communicate(timeout=300), process.returncode
@@ -564,7 +559,7 @@ def test_readme(tmp_path, monkeypatch):
     for script, flags in commands:
         sys.modules[script].parse_arguments(flags.replace("$T", "5").split())
     example, = re.findall(r"## Copying out.*?```python\n(.*?)```", text, re.DOTALL)
-    teacher, student, x = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3), normal(64, 5).float()
+    teacher, student, x = nn.Linear(5, 3), nn.Linear(5, 3), normal(64, 5).float()
     loader = torch.utils.data.DataLoader(list(zip(x, x.argmax(1) % 3)), batch_size=16)
     before = F.mse_loss(student(x).softmax(1), teacher(x).softmax(1))
     exec(example, {"teacher": teacher, "student": student, "loader": loader})
