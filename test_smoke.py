@@ -425,7 +425,7 @@ def test_claims_and_verdicts(capsys):
             cases = [(0.01, "supported"), (0.2, "contradicted"), (-0.2, "contradicted")]
         for change, verdict in cases:
             rows = {one.key: {column: 50.0 + one.seed + change * (one.kind == high)
-                               + 1e-4 * one.seed**2 * (one.kind == low)} for one in runs}
+                              + 1e-4 * one.seed**2 * (one.kind == low)} for one in runs}
             found, = [claim for claim in analyze.test_claims(runs, rows) if claim["claim"] == name]
             assert found["verdict"] == verdict and {found["one"], found["against"]} == {high, low}
             assert sorted(found["values"]) == [0, 1, 2, 3, 4]
