@@ -1,8 +1,9 @@
-"""What the scripts share: the KD loss, the metrics, the files of a run. Copy what you need.
+"""What the scripts share: the KD loss, the metrics, the names and files of runs. Copy what you need.
 
-Metrics compute in double precision, so they want tensors on the CPU.
+Metrics compute in double precision, on the device of their arguments, and return Python numbers.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -24,13 +25,20 @@ def kd_loss(student_logits, teacher_logits, labels, temperature=1.0, alpha=1.0):
     size of the gradient when T changes. Logits: (..., classes), labels: (...), int64; the leading
     dimensions, such as (batch, time), are flattened. Returns the mean over examples, a scalar in
     nats. Only the student gets a gradient. Rows that don't count, such as padding labelled -100,
-    must be filtered out first: the KL term would count them.
+    must be filtered out first: the KL term would count them. No rows give NaN. The loss is computed
+    in the precision of the logits: cast bfloat16 to float32 before.
     """
     assert student_logits.shape == teacher_logits.shape == (*labels.shape, student_logits.shape[-1])
-    student, teacher = student_logits.flatten(0, -2), teacher_logits.detach().flatten(0, -2)
-    loss = alpha * temperature**2 * F.kl_div(
-        F.log_softmax(student / temperature, dim=-1), F.log_softmax(teacher / temperature, dim=-1),
-        reduction="batchmean", log_target=True)
+    student = student_logits.flatten(0, -2)
+    teacher = teacher_logits.detach().flatten(0, -2)
+
+    divergence = F.kl_div(
+        F.log_softmax(student / temperature, dim=-1),
+        F.log_softmax(teacher / temperature, dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    loss = alpha * temperature**2 * divergence
     if alpha == 1:
         return loss
     return loss + (1 - alpha) * F.cross_entropy(student, labels.flatten())
@@ -45,20 +53,32 @@ def expected_calibration_error(probabilities, labels, n_bins=15):
     Guo et al. 2017 (arXiv 1706.04599), eq. 3: bins ((m-1)/n_bins, m/n_bins] of the top probability.
     """
     confidence, predictions = probabilities.double().max(dim=1)
+    assert labels.shape == confidence.shape
+    assert (probabilities.sum(dim=1) - 1).abs().max() < 0.01, "wants probabilities, not logits"
     correct = (predictions == labels).double()
-    inner_edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.double)[1:-1]
-    bins = torch.bucketize(confidence, inner_edges)
+
+    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.double, device=confidence.device)
+    bins = torch.bucketize(confidence, edges[1:-1])  # a confidence on an edge is in the lower bin
+
     # |bin| / n * |acc(bin) - conf(bin)| is |sum over the bin of (correct - confidence)| / n.
     gaps = torch.bincount(bins, weights=correct - confidence, minlength=n_bins)
     return (gaps.abs().sum() / len(labels)).item()
 
 
 def classification_metrics(logits, labels):
-    """{"accuracy": 0..1, "ece": 0..1, "nll": mean negative log-likelihood in nats}."""
+    """{"accuracy": 0..1, "ece": 0..1, "nll": mean negative log-likelihood in nats}.
+
+    All are NaN where a logit is: argmax would take NaN for the most probable class.
+    """
     logits = logits.double()
-    return {"accuracy": (logits.argmax(dim=1) == labels).double().mean().item(),
-            "ece": expected_calibration_error(logits.softmax(dim=1), labels),
-            "nll": F.cross_entropy(logits, labels).item()}
+    probabilities = logits.softmax(dim=1)
+    if probabilities.isnan().any():
+        return {"accuracy": math.nan, "ece": math.nan, "nll": math.nan}
+    return {
+        "accuracy": (logits.argmax(dim=1) == labels).double().mean().item(),
+        "ece": expected_calibration_error(probabilities, labels),
+        "nll": F.cross_entropy(logits, labels).item(),
+    }
 
 
 # ---- Comparisons of two models -------------------------------------------------------------------
@@ -71,11 +91,16 @@ def error_consistency(predictions_a, predictions_b, labels):
     that are right on exactly the same examples get 1, also where neither makes an error: no NaN.
     """
     assert predictions_a.shape == predictions_b.shape == labels.shape == (len(labels),)
-    correct_a, correct_b = predictions_a == labels, predictions_b == labels
-    a, b = correct_a.double().mean().item(), correct_b.double().mean().item()
+    correct_a = predictions_a == labels
+    correct_b = predictions_b == labels
+    accuracy_a = correct_a.double().mean().item()
+    accuracy_b = correct_b.double().mean().item()
+
     observed = (correct_a == correct_b).double().mean().item()
-    expected = a * b + (1 - a) * (1 - b)
-    return 1.0 if observed == 1 else (observed - expected) / (1 - expected)
+    expected = accuracy_a * accuracy_b + (1 - accuracy_a) * (1 - accuracy_b)
+    if observed == 1:
+        return 1.0
+    return (observed - expected) / (1 - expected)
 
 
 def js_divergence(probabilities_a, probabilities_b):
@@ -85,9 +110,12 @@ def js_divergence(probabilities_a, probabilities_b):
     entropy of the mean - mean of the entropies. Both: (..., classes), rows sum to 1.
     """
     assert probabilities_a.shape == probabilities_b.shape
-    a, b, entropy = probabilities_a.double(), probabilities_b.double(), torch.special.entr
-    nats = (entropy((a + b) / 2) - (entropy(a) + entropy(b)) / 2).sum(dim=-1).mean()
-    return (nats / math.log(2)).clamp(0, 1).item()
+    a = probabilities_a.double()
+    b = probabilities_b.double()
+    entropy = torch.special.entr  # -p ln p, 0 at 0
+    nats = entropy((a + b) / 2) - (entropy(a) + entropy(b)) / 2
+    bits = nats.sum(dim=-1).mean() / math.log(2)
+    return bits.clamp(0, 1).item()
 
 
 def rsa(representations_a, representations_b):
@@ -95,7 +123,8 @@ def rsa(representations_a, representations_b):
 
     Abnar et al. 2020 (arXiv 2006.00555): each model's matrix of cosines between examples, then the
     cosine between equal rows of the two matrices, mean over rows. Nothing is centred, so
-    representations after a ReLU start well above 0. Both: (examples, features), widths may differ.
+    representations after a ReLU start well above 0. A row holds the example's cosine with itself,
+    always 1, which lifts small samples. Both: (examples, features), widths may differ.
     """
     assert len(representations_a) == len(representations_b)
 
@@ -117,13 +146,39 @@ def linear_cka(representations_a, representations_b):
     many more examples than features. NaN where one side is the same for all examples.
     """
     assert len(representations_a) == len(representations_b)
-    a = representations_a.double() - representations_a.double().mean(dim=0)
-    b = representations_b.double() - representations_b.double().mean(dim=0)
+    a = representations_a.double()
+    b = representations_b.double()
+    a = a - a.mean(dim=0)
+    b = b - b.mean(dim=0)
     norms = torch.linalg.norm(a.T @ a) * torch.linalg.norm(b.T @ b)
     return ((b.T @ a).square().sum() / norms).item()
 
 
 # ---- A run is a folder with run.json (configuration, metrics), outputs.npz (logits), model.pt ----
+
+
+def run_name(args, configure, flags):
+    """cnn-to-mlp-temperature5: the models, the kind of distillation, then each of `flags` without
+    which configure(args), all that the results depend on, would be another. So runs never collide.
+    """
+    name = args.student
+    if args.kd:
+        name = f"{args.teacher}-to-{args.student}"
+    if args.kd and args.kd != "offline":
+        name += f"-{args.kd}"
+
+    for flag in flags:
+        without = argparse.Namespace(**vars(args) | {flag: None})
+        if configure(without) != configure(args):
+            name += flag_in_name(flag, getattr(args, flag))
+    return name
+
+
+def flag_in_name(flag, value):
+    """How a flag stands in a run's name: -temperature5, -teacher-seed7; -last for --answers."""
+    if isinstance(value, str):
+        return f"-{value}"
+    return f"-{flag.replace('_', '-')}{value:.10g}"
 
 
 def find_run(folder, config):
@@ -136,6 +191,7 @@ def find_run(folder, config):
         found = record["config"]
     except (OSError, ValueError, KeyError):
         sys.exit(f"error: {folder} is unreadable: delete it and run this again")
+
     for key in found | config:
         if found.get(key) != config.get(key):
             sys.exit(f"error: {folder} is another run, its {key} is {found.get(key)}, not "
@@ -143,27 +199,16 @@ def find_run(folder, config):
     return record
 
 
-def apply_flags(args, config):
-    """(run name, configuration): flags that are not at their default, as in `config`, enter both.
-    So runs never collide: cnn-to-mlp-temperature5, mlp-epochs40-lr0.05."""
-    name, config = args.student, dict(config)
-    if args.kd:
-        name = f"{args.teacher}-to-{args.student}" + {"offline": ""}.get(args.kd, f"-{args.kd}")
-    for flag in ("examples", "epochs", "batch_size", "lr", "temperature", "alpha", "teacher_seed",
-                 "answers"):
-        value, keys = getattr(args, flag, None), {flag, f"teacher_{flag}"} & set(config)
-        if value is not None and any(config[key] != value for key in keys):
-            config |= dict.fromkeys(keys, value)
-            name += f"-{value}" if flag == "answers" else f"-{flag.replace('_', '-')}{value:.10g}"
-    return name, config
-
-
 def environment(args, script):
     """What made a run, for run.json; `code` is a hash of the script and this file."""
     code = Path(script).read_bytes() + Path(__file__).read_bytes()
-    return {"command": shlex.join(sys.argv), "torch": torch.__version__, "device": str(args.device),
-            "precision": "bfloat16" if args.amp else "float32",
-            "code": hashlib.sha256(code).hexdigest()[:8]}
+    return {
+        "command": shlex.join(sys.argv),
+        "torch": torch.__version__,
+        "device": str(args.device),
+        "precision": "bfloat16" if args.amp else "float32",
+        "code": hashlib.sha256(code).hexdigest()[:8],
+    }
 
 
 def save_run(folder, record, outputs, model):
@@ -172,9 +217,9 @@ def save_run(folder, record, outputs, model):
     first stays. NaN and infinity, which JSON has no words for, become null."""
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     valid = json.loads(json.dumps(record), parse_constant=lambda _: None)
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
     try:
         temporary.mkdir(parents=True)
-        weights = {name: value.cpu() for name, value in model.state_dict().items()}
         torch.save(weights, temporary / "model.pt")
         np.savez(temporary / "outputs.npz", **outputs)
         (temporary / "run.json").write_text(json.dumps(valid, indent=1) + "\n", encoding="utf-8")
