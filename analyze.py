@@ -3,7 +3,8 @@
     python analyze.py runs
     python analyze.py runs --csv runs.csv --plots figures
 
-Every run is a row of numbers, which all that is shown reads. Each setting is a kind of run.
+Every run is a row of numbers, which all that is shown reads. Runs of one name (one setting) differ
+in their seeds alone.
 """
 
 import argparse
@@ -12,39 +13,52 @@ import functools
 import importlib.util
 import json
 import math
-import re
 import sys
-from itertools import combinations, groupby, product
+import zipfile
+import zlib
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.optim.swa_utils import update_bn
 
 import common
 import train_mnist
 import train_sva
 
-# Whose inductive bias suits the task better than the model's own.
-STRONGER = {"mlp": "cnn", "transformer": "lstm", "transformer-seq": "lstm", "ut-seq": "lstm"}
+SCRIPTS = {"mnist": train_mnist, "sva": train_sva}
 OUT_OF_DISTRIBUTION = {"mnist": ("scaled", "translated"), "sva": ("test",)}
 ACCURACY = {"mnist": "accuracy", "sva": "a_accuracy"}  # that asks for the bias
-COMPARED_EXAMPLES, BARRIER_POINTS, BARRIER_EXAMPLES = 10_000, 21, 250
-MARGIN = 0.05  # a smaller difference is little
-# 97.5 % quantiles of Student's t, by the number of values.
-T = dict(zip(range(3, 13), (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201)))
 
-# (claim, column, sign, one kind of run, against another). Sign 1: more is better; -1: less; 0:
-# it is little.
-CLAIMS = [
-    ("the stronger bias generalises better", "OOD: accuracy", 1, "strong", "plain"),
+# Whose inductive bias suits the task better than the model's own.
+STRONGER = {"mlp": "cnn", "transformer": "lstm", "transformer-seq": "lstm", "ut-seq": "lstm"}
+
+COMPARED_EXAMPLES = 10_000
+BARRIER_POINTS = 21
+BARRIER_EXAMPLES = 250
+CALIBRATION_BINS = 15
+LEAST_IN_BIN = 20  # fewer examples say little about their accuracy
+MARGIN = 0.05  # a smaller difference is little
+
+# 97.5 % quantiles of Student's t, by the number of values.
+T_QUANTILES = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262,
+               11: 2.228, 12: 2.201}
+
+# (claim, column of the rows, sign, role of the one run, role of the other). Sign 1: more is better;
+# -1: less; 0: the difference is little.
+GAP = ("the stronger bias generalises better", "OOD: accuracy", 1, "strong", "plain")
+HEADLINES = [  # the answer
     ("teaching improves accuracy", "OOD: accuracy", 1, "taught", "plain"),
     ("... more than self-distillation", "OOD: accuracy", 1, "taught", "self-taught"),
     ("... more than permuted soft labels", "OOD: accuracy", 1, "taught", "permuted"),
     ("teaching improves calibration", "OOD: ece", -1, "taught", "plain"),
     ("errors come nearer to other strong models", "other strong: kappa", 1, "taught", "plain"),
+]
+CLAIMS = [
+    GAP,
+    *HEADLINES,
     ("representations come nearer (CKA)", "other strong: CKA", 1, "taught", "plain"),
     ("representations come nearer (RSA)", "other strong: RSA", 1, "taught", "plain"),
     ("training paths come nearer", "other strong: path distance", -1, "taught", "plain"),
@@ -53,20 +67,32 @@ CLAIMS = [
     ("stronger bias, less variance", "solutions: prediction spread", -1, "strong", "plain"),
     ("... of representations", "solutions: representation spread", -1, "strong", "plain"),
 ]
-HEADLINES = [claim for claim, *_ in CLAIMS[1:6]]  # the answer
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
 
 
 def t_test(values, sign):
     """(mean, half of its 95 % t-interval, verdict). supported: the interval, turned by the sign, is
     above 0; contradicted: below. Sign 0: it lies inside +-MARGIN; outside."""
-    n, mean = len(values), fmean(values)
+    n = len(values)
+    mean = fmean(values)
     if n < 3:
         return mean, math.inf, "untested"
-    half = T[min(n, 12)] * stdev(values) / math.sqrt(n)
+    half = T_QUANTILES[min(n, 12)] * stdev(values) / math.sqrt(n)
+
     distance = sign * mean if sign else MARGIN - abs(mean)
     if abs(distance) <= half:
         return mean, half, "inconclusive"
     return mean, half, "supported" if distance > 0 else "contradicted"
+
+
+def pairwise(items, distance):
+    """Symmetric (n, n) matrix of distance(a, b), 0 on the diagonal."""
+    matrix = torch.zeros(len(items), len(items), dtype=torch.double)
+    for i, j in combinations(range(len(items)), 2):
+        matrix[i, j] = matrix[j, i] = distance(items[i], items[j])
+    return matrix
 
 
 def jackknife(pairs):
@@ -77,205 +103,8 @@ def jackknife(pairs):
     """
     n = len(pairs)
     of_seed = (pairs.sum(dim=1) - pairs.diagonal()) / (n - 1)
-    return of_seed.mean() + 2 * (n - 1) / (n - 2) * (of_seed - of_seed.mean())
-
-
-def classical_mds(distances):
-    """Points (n, 2) whose distances come closest to `distances` (n, n). Torgerson 1952."""
-    n = len(distances)
-    centre = torch.eye(n, dtype=torch.double) - 1 / n
-    values, vectors = torch.linalg.eigh(-0.5 * centre @ distances.double().square() @ centre)
-    return (vectors * values.clamp(min=0).sqrt())[:, -2:].flip(1)
-
-
-# ---- Runs, and how alike two of them are ---------------------------------------------------------
-
-
-class Run:
-    """A finished run. kind: its name; key: "<kind>/seed<k>", as run.json names other runs."""
-
-    def __init__(self, folder):
-        self.folder, self.kind, self.key = folder, folder.parts[-2], "/".join(folder.parts[-2:])
-        self.record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        self.config, self.metrics = self.record["config"], self.record["metrics"]
-        self.student, self.seed = self.config["student"], self.config["seed"]
-        self.place = self.student, bool(self.config["kd"]), self.kind, self.seed
-        self.tests = OUT_OF_DISTRIBUTION[self.config["task"]]
-        outputs = {name: torch.from_numpy(x) for name, x in np.load(folder / "outputs.npz").items()}
-        self.path = dict(zip(outputs["probe_epochs"].tolist(), outputs["probe_representations"]))
-        self.answers = {}  # {test: (probabilities, labels)} of the compared examples
-        for test in self.metrics:
-            logits, labels = outputs[f"{test}_logits"], outputs[f"{test}_labels"]
-            generator = torch.Generator().manual_seed(0)
-            chosen = torch.randperm(len(labels), generator=generator)[:COMPARED_EXAMPLES]
-            self.answers[test] = logits[chosen].softmax(dim=1), labels[chosen]
-
-    def role(self):
-        """plain, taught (by the stronger kind), self-taught, permuted; else other"""
-        kd, teacher = self.config["kd"], self.config.get("teacher")
-        if not kd:
-            return "plain" if self.record["plain"][self.student] == self.key else "other"
-        if teacher == STRONGER.get(self.student):
-            return "permuted" if kd == "permuted" else "taught"
-        return "self-taught" if teacher == self.student and kd != "permuted" else "other"
-
-    def relative(self, role):
-        """The key of the run that a claim compares this one with, if there is one."""
-        if role == "strong":
-            return self.record["plain"].get(STRONGER.get(self.student))
-        return self.record.get({"plain": "untaught", "self-taught": "self_taught"}.get(role, role))
-
-
-def load_runs(root):
-    """{folder of a task: [Run]}, sorted."""
-    groups = {}
-    for path in sorted(root.glob("**/seed*/run.json")):
-        try:
-            groups.setdefault(path.parents[2], []).append(Run(path.parent))
-        except Exception as error:
-            print(f"left out: {path.parent} is unreadable ({error}): delete it", file=sys.stderr)
-    return {folder: sorted(runs, key=lambda run: run.place) for folder, runs in groups.items()}
-
-
-def kinds_of(runs):
-    """{name: [Run]}"""
-    return {kind: list(of_kind) for kind, of_kind in groupby(runs, lambda run: run.kind)}
-
-
-def over_tests(measure):
-    """Mean over the tests out of distribution of measure(p of a, p of b, labels)."""
-    return lambda a, b: fmean(measure(a.answers[test][0], *b.answers[test]) for test in a.tests)
-
-
-COMPARISONS = {
-    "agreement": over_tests(lambda p, q, y: (p.argmax(1) == q.argmax(1)).double().mean().item()),
-    "kappa": over_tests(lambda p, q, y: common.error_consistency(p.argmax(1), q.argmax(1), y)),
-    "JS divergence": over_tests(lambda p, q, y: common.js_divergence(p, q)),
-    "CKA": lambda a, b: common.linear_cka(a.path[max(a.path)], b.path[max(b.path)]),
-    "RSA": lambda a, b: common.rsa(a.path[max(a.path)], b.path[max(b.path)]),
-    "path distance": lambda a, b: fmean(
-        1 - common.rsa(a.path[epoch], b.path[epoch]) for epoch in a.path if epoch in b.path)}
-
-
-@functools.cache
-def compare(name, a, b):
-    return COMPARISONS[name](a, b)
-
-
-def references(run, runs):
-    """{"own teacher", "other strong", "own kind": [Run]}. The last two leave out its teacher and
-    the seeds s and s + 1: so a taught run and its untaught twin are compared with the same models,
-    which taught neither."""
-    teacher, strong = run.record.get("teacher"), STRONGER.get(run.student, run.student)
-    found = {"own teacher": [other for other in runs if other.key == teacher]}
-    for whose, model in (("other strong", strong), ("own kind", run.student)):
-        kind = run.record["plain"][model].split("/")[0]
-        found[whose] = [other for other in runs if other.kind == kind and other.key != teacher
-                        and other.seed not in (run.seed, run.seed + 1)]
-    return found
-
-
-def make_rows(runs):
-    """{key: {"table: column": value}}"""
-    rows = {}
-    for run in runs:
-        rows[run.key] = row = {"run": run.kind, "role": run.role(), **run.config}
-        for name, metric in (("accuracy", ACCURACY[run.config["task"]]), ("ece", "ece")):
-            values = [run.metrics[test][metric] for test in run.tests]
-            row[f"OOD: {name}"] = None if None in values else fmean(values)
-        for test, metrics in run.metrics.items():
-            attractors = metrics.get("accuracy_by_attractors", {})
-            row |= {f"{test}: {name}": x for name, x in metrics.items() if x is not attractors}
-            row |= {f"accuracy by attractors: {k}": x for k, x in attractors.items()}
-        for whose, others in references(run, runs).items():
-            for name in COMPARISONS:
-                values = [compare(name, *sorted((run, other), key=lambda each: each.key))
-                          for other in others]
-                row[f"{whose}: {name}"] = fmean(values) if values else None
-    for of_kind in kinds_of(runs).values():  # how far the seeds of a kind are apart
-        n = len(of_kind) if len(of_kind) > 2 else 0
-        for column, name, alike in (("prediction spread", "JS divergence", 0),
-                                    ("representation spread", "CKA", 1)):
-            pairs = torch.zeros(n, n, dtype=torch.double)
-            for i, j in combinations(range(n), 2):
-                pairs[i, j] = pairs[j, i] = abs(alike - compare(name, of_kind[i], of_kind[j]))
-            for run, value in zip(of_kind, jackknife(pairs).tolist()):
-                rows[run.key][f"solutions: {column}"] = value
-    return rows
-
-
-def barrier(model, state_a, state_b, measure):
-    """How far the loss measure(model) rises, on the straight way between two states, above the line
-    between its ends: Entezari et al. 2022 (arXiv 2110.06296), eq. 1."""
-    losses, ways = [], torch.linspace(0, 1, BARRIER_POINTS).tolist()
-    for a in ways:
-        model.load_state_dict({
-            name: torch.lerp(value, state_b[name], a) if value.is_floating_point() else value
-            for name, value in state_a.items()})
-        losses.append(measure(model))
-    return max(loss - ((1 - a) * losses[0] + a * losses[-1]) for a, loss in zip(ways, losses))
-
-
-def prepare(config, data_dir):
-    """(name -> new model, model -> training loss on a few examples) for runs on these data."""
-    cpu = torch.device("cpu")
-    args = argparse.Namespace(**config | {"data_dir": data_dir, "device": cpu})
-    if args.data != "synthetic":
-        args.data = "auto"  # nothing large is fetched
-    if args.task == "mnist":
-        images, labels = (x[:BARRIER_EXAMPLES] for x in train_mnist.load_data(args)["train"])
-        build = functools.partial(train_mnist.build_model, seed=0, device=cpu)
-
-        def measure(model):  # old batch-norm statistics would make barriers
-            update_bn([train_mnist.to_input(images)], model)
-            return F.cross_entropy(train_mnist.evaluate(model, images, False)[0], labels).item()
-    else:
-        split = train_sva.take(train_sva.load_data(args)["train"], slice(BARRIER_EXAMPLES))
-        build = functools.partial(train_sva.build_model, seed=0, tokens=args.tokens,
-                                  objective=args.objective, device=cpu)
-
-        def measure(model):
-            return train_sva.evaluate(model, split, args.objective, False, cpu)[1]
-    if any(vars(args).get(name) != config.get(name) for name in ("data", "files")):
-        sys.exit(f"error: {data_dir} has other data: use --data-dir or --no-barriers")
-    return build, measure
-
-
-def add_barriers(rows, runs, data_dir):
-    """Of a taught run from its untaught twin, of a plain run from the next seed."""
-    by_key, prepared = {run.key: run for run in runs}, {}
-    for run in runs:
-        other = by_key.get(run.record.get("untaught", f"{run.kind}/seed{run.seed + 1}"))
-        if other:
-            examples = run.config["examples"]
-            prepared[examples] = prepared.get(examples) or prepare(run.config, data_dir)
-            build, measure = prepared[examples]
-            ends = [common.load_weights(build(run.student), one.folder).state_dict()
-                    for one in (other, run)]
-            rows[run.key]["solutions: barrier"] = barrier(build(run.student), *ends, measure)
-
-
-def test_claims(runs, rows):
-    """A dictionary for each claim and pair of kinds."""
-    results = []
-    for name, column, sign, one, against in CLAIMS:
-        found = {}
-        for run in runs:
-            pair = run.key, run.relative(against)
-            if one == "strong" and run.role() == "plain":
-                pair = run.relative("strong"), run.key
-            elif run.role() != one or run.student not in STRONGER:
-                continue
-            values = [rows.get(key, {}).get(column) for key in pair]
-            if None not in values and math.isfinite(values[0] - values[1]):
-                kinds = tuple(key.split("/")[0] for key in pair)
-                found.setdefault(kinds, {})[run.seed] = values[0] - values[1]
-        for (kind, other), values in found.items():
-            mean, half, verdict = t_test(list(values.values()), sign)
-            text = "" if verdict == "untested" else f" ({mean - half:+.3f} to {mean + half:+.3f})"
-            results.append({"claim": name, "one": kind, "against": other, "values": values,
-                            "mean": mean, "difference": f"{mean:+.3f}{text}", "verdict": verdict})
-    return results
+    theta = of_seed.mean()
+    return theta + 2 * (n - 1) / (n - 2) * (of_seed - theta)
 
 
 def mean_and_spread(values):
@@ -287,159 +116,599 @@ def mean_and_spread(values):
     return f"{fmean(values):.3f}{spread}"
 
 
-def print_table(caption, header, lines):
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+class Run:
+    """A finished run. name: its setting; key: "<name>/seed<k>", as run.json names other runs."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.name = folder.parts[-2]
+        self.key = "/".join(folder.parts[-2:])
+        self.record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        self.config = self.record["config"]
+        self.metrics = self.record["metrics"]
+        self.student = self.config["student"]
+        self.seed = self.config["seed"]
+        self.tests = OUT_OF_DISTRIBUTION[self.config["task"]]
+
+        outputs = {name: torch.from_numpy(x) for name, x in np.load(folder / "outputs.npz").items()}
+        epochs = outputs["probe_epochs"].tolist()
+        self.snapshots = dict(zip(epochs, outputs["probe_representations"]))
+        self.last_snapshot = self.snapshots[max(epochs)]
+        self.predictions = {}  # {test: (probabilities, labels)} of the compared examples
+        for test in self.metrics:
+            logits = outputs[f"{test}_logits"]
+            labels = outputs[f"{test}_labels"]
+            generator = torch.Generator().manual_seed(0)
+            chosen = torch.randperm(len(labels), generator=generator)[:COMPARED_EXAMPLES]
+            self.predictions[test] = (logits[chosen].softmax(dim=1), labels[chosen])
+
+    def role(self):
+        """plain, taught (by the stronger kind), self-taught, permuted; else other"""
+        kd = self.config["kd"]
+        teacher = self.config.get("teacher")
+        if not kd:
+            return "plain" if self.record["plain"][self.student] == self.key else "other"
+        if teacher == STRONGER.get(self.student):
+            return "permuted" if kd == "permuted" else "taught"
+        if teacher == self.student and kd != "permuted":
+            return "self-taught"
+        return "other"
+
+
+def load_runs(root):
+    """{folder of a task: [Run]}: by student, plain before taught, then by name and seed."""
+    groups = {}
+    for path in sorted(root.glob("**/seed*/run.json")):
+        folder = path.parent
+        try:
+            run = Run(folder)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            print(f"left out: {folder} is damaged ({error}): delete it", file=sys.stderr)
+        except KeyError as error:
+            print(f"left out: {folder} is of another version: {error} is unknown or missing",
+                  file=sys.stderr)
+        else:
+            groups.setdefault(path.parents[2], []).append(run)
+
+    for runs in groups.values():
+        runs.sort(key=lambda run: (run.student, bool(run.config["kd"]), run.name, run.seed))
+    return groups
+
+
+def runs_by_name(runs):
+    """{name: [Run]}"""
+    found = {}
+    for run in runs:
+        found.setdefault(run.name, []).append(run)
+    return found
+
+
+# ---- How alike two runs are ----------------------------------------------------------------------
+
+
+def over_tests(measure):
+    """Mean over the tests out of distribution of measure(p of a, p of b, labels)."""
+    def compared(a, b):
+        values = []
+        for test in a.tests:
+            p, _ = a.predictions[test]
+            q, labels = b.predictions[test]
+            values.append(measure(p, q, labels))
+        return fmean(values)
+    return compared
+
+
+def agreement(p, q, labels):
+    return (p.argmax(dim=1) == q.argmax(dim=1)).double().mean().item()
+
+
+def kappa(p, q, labels):
+    return common.error_consistency(p.argmax(dim=1), q.argmax(dim=1), labels)
+
+
+def divergence(p, q, labels):
+    return common.js_divergence(p, q)
+
+
+def path_distance(a, b):
+    """Mean of 1 - RSA over the epochs of which both have a snapshot, the first weights included."""
+    epochs = [epoch for epoch in a.snapshots if epoch in b.snapshots]
+    return fmean(1 - common.rsa(a.snapshots[epoch], b.snapshots[epoch]) for epoch in epochs)
+
+
+COMPARISONS = {
+    "agreement": over_tests(agreement),
+    "kappa": over_tests(kappa),
+    "JS divergence": over_tests(divergence),
+    "CKA": lambda a, b: common.linear_cka(a.last_snapshot, b.last_snapshot),
+    "RSA": lambda a, b: common.rsa(a.last_snapshot, b.last_snapshot),
+    "path distance": path_distance,
+}
+
+
+@functools.cache
+def compare_in_order(name, a, b):
+    return COMPARISONS[name](a, b)
+
+
+def compare(name, a, b):
+    """The comparison `name` of two runs, which is symmetric: computed once for each pair."""
+    if a.key > b.key:
+        a, b = b, a
+    return compare_in_order(name, a, b)
+
+
+def references(run, runs):
+    """{"own teacher", "other strong", "own kind": [Run]}. The last two leave out its teacher and
+    the seeds s and s + 1: so a taught run and its plain twin are compared with the same models,
+    which taught neither."""
+    teacher = run.record.get("teacher")
+    found = {"own teacher": [other for other in runs if other.key == teacher]}
+
+    strong = STRONGER.get(run.student, run.student)
+    for whose, model in (("other strong", strong), ("own kind", run.student)):
+        key = run.record["plain"].get(model, "")  # none where the run is older than the model
+        name = key.split("/")[0]
+        found[whose] = [other for other in runs
+                        if other.name == name
+                        and other.key != teacher
+                        and other.seed not in (run.seed, run.seed + 1)]
+    return found
+
+
+# ---- A row of numbers for each run ---------------------------------------------------------------
+
+
+def make_rows(runs):
+    """{key of a run: its row}, what all tables, claims, figures and the CSV file read. A row is
+    flat: {"run": "cnn-to-mlp", "role": "taught", "temperature": 20.0, ...the configuration,
+    "OOD: accuracy": 0.786, "other strong: kappa": 0.19, ...}. What stands before the colon is the
+    table in which the number is printed, what stands behind it the column."""
+    rows = {}
+    for run in runs:
+        row = {"run": run.name, "role": run.role(), **run.config}
+        for column, metric in (("accuracy", ACCURACY[run.config["task"]]), ("ece", "ece")):
+            values = [run.metrics[test][metric] for test in run.tests]
+            row[f"OOD: {column}"] = None if None in values else fmean(values)
+
+        for test, metrics in run.metrics.items():
+            for name, value in metrics.items():
+                if name == "accuracy_by_attractors":
+                    for attractors, accuracy in value.items():
+                        row[f"accuracy by attractors: {attractors}"] = accuracy
+                else:
+                    row[f"{test}: {name}"] = value
+
+        for whose, others in references(run, runs).items():
+            for name in COMPARISONS:
+                values = [compare(name, run, other) for other in others]
+                row[f"{whose}: {name}"] = fmean(values) if values else None
+        rows[run.key] = row
+
+    add_spreads(rows, runs)
+    return rows
+
+
+def add_spreads(rows, runs):
+    """How far the seeds of a name are apart, in predictions (bits) and in representations."""
+    spreads = {
+        "prediction spread": lambda a, b: compare("JS divergence", a, b),
+        "representation spread": lambda a, b: 1 - compare("CKA", a, b),
+    }
+    for of_name in runs_by_name(runs).values():
+        if len(of_name) < 3:  # the jackknife wants three
+            continue
+        for column, distance in spreads.items():
+            values = jackknife(pairwise(of_name, distance)).tolist()
+            for run, value in zip(of_name, values):
+                rows[run.key][f"solutions: {column}"] = value
+
+
+def table_of(column):
+    return column.split(": ")[0]
+
+
+def heading_of(column):
+    return column.split(": ")[1]
+
+
+# ---- Basins of attraction ------------------------------------------------------------------------
+
+
+def barrier(model, state_a, state_b, measure):
+    """How far the loss measure(model) rises, on the straight way between two states, above the line
+    between its ends: Entezari et al. 2022 (arXiv 2110.06296), eq. 1."""
+    points = torch.linspace(0, 1, BARRIER_POINTS).tolist()
+    losses = []
+    for point in points:
+        state = {}
+        for name, value in state_a.items():
+            is_weight = value.is_floating_point()  # else a counter of batches
+            state[name] = torch.lerp(value, state_b[name], point) if is_weight else value
+        model.load_state_dict(state)
+        losses.append(measure(model))
+
+    lines = [(1 - point) * losses[0] + point * losses[-1] for point in points]
+    return max(loss - line for loss, line in zip(losses, lines))
+
+
+def prepare(config, data_dir):
+    """(name -> new model, model -> its training loss on a few examples) for runs like `config`."""
+    script = SCRIPTS[config["task"]]
+    args = argparse.Namespace(**config)
+    args.data_dir = data_dir
+    args.device = torch.device("cpu")
+    args.amp = False
+    if args.data != "synthetic":
+        args.data = "auto"  # nothing large is fetched
+    data = script.load_data(args)
+    if args.data != config["data"] or getattr(args, "files", None) != config.get("files"):
+        sys.exit(f"error: {data_dir} has other data: use --data-dir or --no-barriers")
+
+    def build(name):
+        return script.build_model(name, 0, args)
+
+    def measure(model):
+        return script.training_loss(model, data, args, BARRIER_EXAMPLES)
+
+    return build, measure
+
+
+def add_barriers(rows, runs, data_dir):
+    """Of a taught run from its plain twin, of a run without a teacher from the next seed."""
+    by_key = {run.key: run for run in runs}
+    prepared = {}  # {examples: (build, measure)}
+    for run in runs:
+        if run.config["kd"]:
+            other = by_key.get(run.record["plain"][run.student])
+        else:
+            other = by_key.get(f"{run.name}/seed{run.seed + 1}")
+        if other is None:
+            continue
+        examples = run.config["examples"]
+        if examples not in prepared:
+            prepared[examples] = prepare(run.config, data_dir)
+        build, measure = prepared[examples]
+
+        ends = []
+        for one in (other, run):
+            model = common.load_weights(build(run.student), one.folder)
+            ends.append(model.state_dict())
+        rows[run.key]["solutions: barrier"] = barrier(build(run.student), *ends, measure)
+
+
+# ---- Claims --------------------------------------------------------------------------------------
+
+
+def family(run):
+    """{role: key} of the runs that a claim about `run` compares: one seed, one setting. Nothing for
+    a student without a stronger kind, or a run whose role no claim is about."""
+    if run.student not in STRONGER or run.role() == "other":
+        return {}
+    plain = run.record["plain"]
+    return {
+        "plain": plain[run.student],
+        "strong": plain.get(STRONGER[run.student]),
+        "self-taught": run.record.get("self_taught"),
+        "permuted": run.record.get("permuted"),
+        run.role(): run.key,
+    }
+
+
+def test_claims(runs, rows):
+    """A dictionary for each claim and pair of names: the differences by seed, and the verdict."""
+    results = []
+    for claim, column, sign, one, against in CLAIMS:
+        found = {}  # {(name of the one, of the other): {seed: difference}}
+        for run in runs:
+            keys = family(run)
+            a = rows.get(keys.get(one), {}).get(column)
+            b = rows.get(keys.get(against), {}).get(column)
+            if a is not None and b is not None and math.isfinite(a - b):
+                names = (keys[one].split("/")[0], keys[against].split("/")[0])
+                found.setdefault(names, {})[run.seed] = a - b
+
+        for (name, other), values in found.items():
+            mean, half, verdict = t_test(list(values.values()), sign)
+            difference = f"{mean:+.3f}"
+            if verdict != "untested":
+                difference += f" ({mean - half:+.3f} to {mean + half:+.3f})"
+            results.append({"claim": claim, "one": name, "against": other, "values": values,
+                            "mean": mean, "difference": difference, "verdict": verdict})
+    return results
+
+
+# ---- What is printed -----------------------------------------------------------------------------
+
+
+def print_table(caption, headings, lines):
     """A Markdown table without empty columns."""
     if not lines:
         return
-    columns = [column for column in zip(header, *lines) if {*column[1:]} - {"-"}]
-    widths = [max(map(len, column)) for column in columns]
+    columns = []
+    for heading, *cells in zip(headings, *lines):
+        if set(cells) != {"-"}:
+            columns.append([heading, *cells])
+    widths = [max(len(cell) for cell in column) for column in columns]
     table = list(zip(*columns))
     table.insert(1, ["-" * width for width in widths])
+
     print(f"\n**{caption}**\n")
     for line in table:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        print(f"| {' | '.join(cells)} |")
+
+
+def share_of_gap(gain, gap):
+    """(taught - plain) / (strong - plain), over the seeds of the gain; None where the strong kind
+    is not surely ahead, or a seed of it is missing."""
+    width = fmean(gap["values"].get(seed, math.nan) for seed in gain["values"])
+    if width > 0 and gap["verdict"] in ("supported", "untested"):
+        return gain["mean"] / width
+    return None
 
 
 def print_answer(claims):
-    """(taught - plain) / (strong - plain), unless that gap is in doubt, and the headline claims."""
-    for gain in [claim for claim in claims if claim["claim"] == HEADLINES[0]]:
+    """For each taught student: the share of the gap that is closed, and the headline claims."""
+    gains = [claim for claim in claims if claim["claim"] == HEADLINES[0][0]]
+    gaps = [claim for claim in claims if claim["claim"] == GAP[0]]
+    headlines = [claim for claim, *_ in HEADLINES]
+    for gain in gains:
         print(f"\n{gain['one']}, {len(gain['values'])} seeds:")
+        for gap in gaps:
+            if gap["against"] != gain["against"]:
+                continue
+            share = share_of_gap(gain, gap)
+            if share is not None:
+                print(f"- {share:.2f} of the gap between {gap['against']} and {gap['one']} "
+                      f"({gain['mean'] / share:+.3f}) is closed")
         for claim in claims:
-            if (claim["claim"], claim["against"]) == (CLAIMS[0][0], gain["against"]):
-                gap = fmean(claim["values"].get(seed, math.nan) for seed in gain["values"])
-                if gap > 0 and claim["verdict"] in ("supported", "untested"):
-                    print(f"- {gain['mean'] / gap:.2f} of the gap between "
-                          f"{gain['against']} and {claim['one']} ({gap:+.3f}) is closed")
-            if claim["one"] == gain["one"] and claim["claim"] in HEADLINES:
+            if claim["one"] == gain["one"] and claim["claim"] in headlines:
                 print(f"- {claim['claim']}: {claim['difference']}, {claim['verdict']}")
 
 
 def sweeps(runs, rows):
-    """{flag: {run name without it: (role, {value: [OOD accuracy]})}} of the flags that vary."""
+    """{flag: {(name without the flag, role): {value: [OOD accuracy]}}} of the flags that vary."""
     found = {}
-    for flag, run in product(("examples", "temperature", "alpha"), runs):
-        accuracy = rows[run.key]["OOD: accuracy"]
-        if flag in run.config and accuracy is not None:
-            name = re.sub(f"-{flag}[^-]+", "", run.kind)
-            curve = found.setdefault(flag, {}).setdefault(name, (run.role(), {}))[1]
-            curve.setdefault(run.config[flag], []).append(accuracy)
-    found = {flag: {name: curve for name, curve in curves.items() if len(curve[1]) > 1}
-             for flag, curves in found.items()}
-    return {flag: curves for flag, curves in found.items() if curves}
+    for flag in ("examples", "temperature", "alpha"):
+        curves = {}
+        for run in runs:
+            accuracy = rows[run.key]["OOD: accuracy"]
+            if flag in run.config and accuracy is not None:
+                value = run.config[flag]
+                name = run.name.replace(common.flag_in_name(flag, value), "")
+                curve = curves.setdefault((name, run.role()), {})
+                curve.setdefault(value, []).append(accuracy)
+        curves = {key: curve for key, curve in curves.items() if len(curve) > 1}
+        if curves:
+            found[flag] = curves
+    return found
+
+
+def print_runs(runs, rows):
+    """A table for each group of columns, a line for each name."""
+    tables = {}  # {table: {column: True}}: a dictionary keeps the order
+    for row in rows.values():
+        for column in row:
+            if ": " in column:
+                tables.setdefault(table_of(column), {})[column] = True
+
+    for table, columns in tables.items():
+        lines = []
+        for name, of_name in runs_by_name(runs).items():
+            cells = [mean_and_spread([rows[run.key].get(column) for run in of_name])
+                     for column in columns]
+            lines.append([name, *cells, str(len(of_name))])
+        headings = [heading_of(column) for column in columns]
+        print_table(table, ["run", *headings, "n"], lines)
+
+
+def print_sweeps(runs, rows):
+    for flag, curves in sweeps(runs, rows).items():
+        values = sorted({value for curve in curves.values() for value in curve})
+        lines = []
+        for (name, _), curve in curves.items():
+            cells = [mean_and_spread(curve.get(value, [])) for value in values]
+            lines.append([name, *cells])
+        headings = [str(value) for value in values]
+        print_table(f"OOD accuracy over {flag}", ["run", *headings], lines)
+
+
+def print_claims(claims):
+    tested = [claim for claim in claims if claim["verdict"] != "untested"]
+    lines = []
+    for claim in tested:
+        seeds = str(len(claim["values"]))
+        lines.append([claim["claim"], claim["one"], claim["against"], claim["difference"], seeds,
+                      claim["verdict"]])
+    by_chance = len(tested) / 20
+    print_table("Claims: differences paired by seed with 95 % t-intervals; by chance about "
+                f"{by_chance:.1f} are not inconclusive",
+                ["claim", "run", "against", "difference", "seeds", "verdict"], lines)
+    print(f"\n{len(claims) - len(tested)} untested: fewer than 3 seeds")
 
 
 def print_group(title, runs, rows, claims):
     """The answer, then all tables about one task."""
     print(f"\n## {title}: mean ± standard deviation over n seeds")
     print_answer(claims)
-    kinds, tables = kinds_of(runs), {}
-    for column in dict.fromkeys(name for row in rows.values() for name in row if ": " in name):
-        tables.setdefault(column.split(": ")[0], []).append(column)
-    for table, columns in tables.items():
-        print_table(table, ["run", *(column.split(": ")[1] for column in columns), "n"], [
-            [kind, *(mean_and_spread([rows[run.key].get(column) for run in of_kind])
-                     for column in columns), str(len(of_kind))] for kind, of_kind in kinds.items()])
-    for flag, curves in sweeps(runs, rows).items():
-        values = sorted({value for _, curve in curves.values() for value in curve})
-        print_table(f"OOD accuracy over {flag}", ["run", *map(str, values)], [
-            [name, *(mean_and_spread(curve.get(value, [])) for value in values)]
-            for name, (_, curve) in curves.items()])
-    tested = [claim for claim in claims if claim["verdict"] != "untested"]
-    print_table("Claims: differences paired by seed with 95 % t-intervals; by chance about "
-                f"{len(tested) / 20:.1f} are not inconclusive",
-                ["claim", "run", "against", "difference", "seeds", "verdict"],
-                [[claim["claim"], claim["one"], claim["against"], claim["difference"],
-                  str(len(claim["values"])), claim["verdict"]] for claim in tested])
-    print(f"\n{len(claims) - len(tested)} untested: fewer than 3 seeds")
-    for kind, field in product(kinds, ("code", "device", "precision")):
-        values = sorted({run.record["environment"][field] for run in kinds[kind]})
-        if len(values) > 1:
-            print(f"note: the runs of {kind} differ in {field}: {', '.join(values)}")
+    print_runs(runs, rows)
+    print_sweeps(runs, rows)
+    print_claims(claims)
+
+    for name, of_name in runs_by_name(runs).items():
+        for field in ("code", "device", "precision"):
+            values = sorted({run.record["environment"][field] for run in of_name})
+            if len(values) > 1:
+                print(f"note: the runs of {name} differ in {field}: {', '.join(values)}")
 
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-STYLES = {"plain": "b-o", "self-taught": "c--s", "permuted": "y--x", "taught": "r-.^",
-          "strong": "k:D", "other": "g:v"}  # differ in grey too
+STYLES = {  # differ in grey too
+    "plain": "b-o",
+    "self-taught": "c--s",
+    "permuted": "y--x",
+    "taught": "r-.^",
+    "strong": "k:D",
+    "other": "g:v",
+}
+
+
+class Curve(NamedTuple):
+    """What a figure draws: a line in the style of its role."""
+    name: str
+    role: str
+    x: list
+    y: list
+    deviation: list = None  # of y
 
 
 def draw(path, panels, xlabel, ylabel, **limits):
-    """A figure of panels side by side, {title: [(name, role, x, y, deviation or None)]}."""
+    """A figure of panels side by side, {title: [Curve]}."""
     import matplotlib.pyplot as plt
 
     size = (5.5 * len(panels), 3.2)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, curves) in zip(axes[0], panels.items()):
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel, **limits)
-        for name, role, x, y, deviation in curves:
-            axis.errorbar(x, y, deviation, fmt=STYLES[role], label=name, markersize=3, capsize=2)
+        for curve in curves:
+            axis.errorbar(curve.x, curve.y, curve.deviation, fmt=STYLES[curve.role],
+                          label=curve.name, markersize=3, capsize=2)
         axis.legend(fontsize=7, bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def roles_of(plain, runs):
-    """{role: [Run]}: the kind `plain`, those taught from it, the stronger kind."""
-    kinds, found = kinds_of(runs), {}
-    for kind, of_kind in kinds.items():
-        if of_kind[0].record.get("untaught", kind).split("/")[0] == plain:
-            found.setdefault(of_kind[0].role(), of_kind)  # of settings the shortest name
-        if kind == kinds[plain][0].relative("strong").split("/")[0]:
-            found["strong"] = of_kind
+def runs_by_role(plain_name, runs):
+    """{role: [Run]}: the plain runs of that name, those taught with them as twins, the stronger
+    kind. Of several settings of one role the one with the shortest name."""
+    by_name = runs_by_name(runs)
+    first = by_name[plain_name][0]
+    strong = first.record["plain"].get(STRONGER[first.student], "")
+    found = {}
+    for name in sorted(by_name, key=lambda name: (len(name), name)):
+        run = by_name[name][0]
+        plain = run.record["plain"][run.student].split("/")[0]
+        if name == plain_name or (run.config["kd"] and plain == plain_name):
+            found.setdefault(run.role(), by_name[name])
+        if name == strong.split("/")[0]:
+            found["strong"] = by_name[name]
     return found
 
 
 def reliability(runs):
-    """Confidence and accuracy out of distribution in bins of 20 and more."""
-    answers = [run.answers[test] for run in runs for test in run.tests]
-    confidence, predictions = torch.cat([p for p, _ in answers]).max(dim=1)
-    right = (predictions == torch.cat([y for _, y in answers])).float()
-    bins = (confidence * 15).ceil()
-    kept = [bins == b for b in range(1, 16) if (bins == b).sum() >= 20]
-    return [confidence[b].mean() for b in kept], [right[b].mean() for b in kept]
+    """(confidences, accuracies) out of distribution, of the bins with enough examples."""
+    predictions = [run.predictions[test] for run in runs for test in run.tests]
+    probabilities = torch.cat([p for p, _ in predictions])
+    labels = torch.cat([y for _, y in predictions])
+    confidence, predicted = probabilities.max(dim=1)
+    correct = (predicted == labels).float()
+
+    bins = (confidence * CALIBRATION_BINS).ceil()
+    confidences = []
+    accuracies = []
+    for number in range(1, CALIBRATION_BINS + 1):
+        inside = bins == number
+        if inside.sum() >= LEAST_IN_BIN:
+            confidences.append(confidence[inside].mean().item())
+            accuracies.append(correct[inside].mean().item())
+    return confidences, accuracies
+
+
+def classical_mds(distances):
+    """Points (n, 2) whose distances come closest to `distances` (n, n). Torgerson 1952."""
+    n = len(distances)
+    centre = torch.eye(n, dtype=torch.double) - 1 / n
+    values, vectors = torch.linalg.eigh(-0.5 * centre @ distances.double().square() @ centre)
+    largest = vectors[:, -2:] * values[-2:].clamp(min=0).sqrt()
+    return largest.flip(1)
 
 
 def paths_in_two_dimensions(runs):
-    """[(2, epochs)]: training paths by MDS of 1 - RSA between all their steps."""
-    steps = [representations for run in runs for representations in run.path.values()]
-    distances = torch.zeros(len(steps), len(steps))
-    for i, j in combinations(range(len(steps)), 2):
-        distances[i, j] = distances[j, i] = 1 - common.rsa(steps[i], steps[j])
-    return [path.T for path in classical_mds(distances).split([len(run.path) for run in runs])]
+    """[(epochs, 2)]: training paths by MDS of 1 - RSA between all their snapshots."""
+    snapshots = [snapshot for run in runs for snapshot in run.snapshots.values()]
+    distances = pairwise(snapshots, lambda a, b: 1 - common.rsa(a, b))
+    return classical_mds(distances).split([len(run.snapshots) for run in runs])
+
+
+def path_curves(by_role):
+    """Two seeds of each role."""
+    chosen = [(role, run) for role, of_role in by_role.items() for run in of_role[:2]]
+    paths = paths_in_two_dimensions([run for _, run in chosen])
+    curves = []
+    for (role, run), path in zip(chosen, paths):
+        x, y = path.T.tolist()
+        curves.append(Curve(run.key, role, x, y))
+    return curves
+
+
+def reliability_curves(by_role):
+    return [Curve(of_role[0].name, role, *reliability(of_role))
+            for role, of_role in by_role.items()]
+
+
+def attractor_curves(by_role, rows):
+    """Accuracy at 0, 1, 2, 3, 4+ attractors: mean and standard deviation over the seeds."""
+    curves = []
+    for role, of_role in by_role.items():
+        means = []
+        deviations = []
+        for attractors in range(5):
+            column = f"accuracy by attractors: {attractors}"
+            values = [rows[run.key].get(column, math.nan) for run in of_role]
+            means.append(fmean(values))
+            deviations.append(pstdev(values))
+        curves.append(Curve(of_role[0].name, role, list(range(5)), means, deviations))
+    return curves
+
+
+def sweep_curves(curves):
+    """Of one flag of sweeps(): mean and standard deviation over the seeds."""
+    found = []
+    for (name, role), curve in curves.items():
+        values = sorted(curve)
+        means = [fmean(curve[value]) for value in values]
+        deviations = [pstdev(curve[value]) for value in values]
+        style = "strong" if name in STRONGER.values() else role
+        found.append(Curve(name, style, values, means, deviations))
+    return found
 
 
 def plot_group(prefix, runs, rows):
-    """The figures of one task: a panel for each plain kind."""
-    paths, calibration, attractors = {}, {}, {}
-    for plain in dict.fromkeys(run.kind for run in runs if run.role() == "plain"
-                               and run.student in STRONGER):
-        roles = roles_of(plain, runs)
-        some = [(role, run) for role, of_role in roles.items() for run in of_role[:2]]
-        ways = paths_in_two_dimensions([run for _, run in some])
-        paths[plain] = [(run.key, role, *way, None) for (role, run), way in zip(some, ways)]
-        calibration[plain], attractors[plain] = [], []
-        for role, of_role in roles.items():
-            calibration[plain].append((of_role[0].kind, role, *reliability(of_role), None))
-            y = torch.tensor([[rows[run.key].get(f"accuracy by attractors: {k}", math.nan)
-                               for k in range(5)] for run in of_role])
-            curve = range(5), y.mean(dim=0), y.std(dim=0, correction=0)
-            attractors[plain].append((of_role[0].kind, role, *curve))
+    """The figures of one task: a panel for each plain kind that has a stronger one."""
+    paths = {}
+    reliabilities = {}
+    attractors = {}
+    for run in runs:
+        if run.role() == "plain" and run.student in STRONGER and run.name not in paths:
+            by_role = runs_by_role(run.name, runs)
+            paths[run.name] = path_curves(by_role)
+            reliabilities[run.name] = reliability_curves(by_role)
+            attractors[run.name] = attractor_curves(by_role, rows)
+
     if paths:
         draw(f"{prefix}-paths.png", paths, "first dimension of 1 - RSA", "second dimension")
-        draw(f"{prefix}-reliability.png", calibration, "confidence", "accuracy")
-        if "test" in runs[0].tests:
+        draw(f"{prefix}-reliability.png", reliabilities, "confidence", "accuracy")
+        if runs[0].config["task"] == "sva":
             draw(f"{prefix}-attractors.png", attractors, "attractors", "accuracy")
     for flag, curves in sweeps(runs, rows).items():
-        lines = [(name, "strong" if name in STRONGER.values() else role, sorted(curve),
-                  [fmean(curve[x]) for x in sorted(curve)],
-                  [pstdev(curve[x]) for x in sorted(curve)])
-                 for name, (role, curve) in curves.items()]
-        draw(f"{prefix}-{flag}.png", {"": lines}, flag, "OOD accuracy", xscale="symlog")
+        panels = {"": sweep_curves(curves)}
+        draw(f"{prefix}-{flag}.png", panels, flag, "OOD accuracy", xscale="symlog")
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s RUNS [flags], see --help",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+# ---- Flags ---------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        usage="%(prog)s RUNS [flags], see --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("runs", type=Path, help="folder: every run below it is taken")
     add("--csv", type=Path, metavar="FILE", help="write one line a run, with all columns")
@@ -447,26 +716,41 @@ def main(argv=None):
     add("--no-barriers", action="store_true", help="they take the longest, and need the data")
     add("--data-dir", type=Path, default="data", help="where the data are")
     args = parser.parse_args(argv)
+    if args.plots and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plots needs matplotlib: pip install matplotlib")
+    return args
+
+
+def write_csv(path, rows):
+    columns = dict.fromkeys(column for row in rows for column in row)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    sys.stdout.reconfigure(encoding="utf-8")  # ± is printed where the locale knows ASCII alone
     if args.plots:
-        if not importlib.util.find_spec("matplotlib"):
-            parser.error("--plots needs matplotlib: pip install matplotlib")
         args.plots.mkdir(parents=True, exist_ok=True)
+
     all_rows = []
     for folder, runs in load_runs(args.runs).items():
-        title, rows = "/".join(folder.parts[len(args.runs.parts):]) or folder.name, make_rows(runs)
+        below = folder.parts[len(args.runs.parts):]
+        title = "/".join(below) if below else folder.name
+        rows = make_rows(runs)
         if not args.no_barriers:
             add_barriers(rows, runs, args.data_dir)
         print_group(title, runs, rows, test_claims(runs, rows))
         if args.plots:
             plot_group(args.plots / title.replace("/", "-"), runs, rows)
         all_rows += [{"group": title, **row} for row in rows.values()]
+
     if not all_rows:
         sys.exit(f"error: no finished run in {args.runs}: try ./run_all.sh --quick")
     if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, dict.fromkeys(name for row in all_rows for name in row))
-            writer.writeheader()
-            writer.writerows(all_rows)
+        write_csv(args.csv, all_rows)
 
 
 if __name__ == "__main__":
