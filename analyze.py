@@ -660,8 +660,8 @@ def attractor_curves(by_role, rows):
         for attractors in range(5):
             column = f"accuracy by attractors: {attractors}"
             values = [rows[run.key].get(column, math.nan) for run in of_role]
-            means.append(fmean(values))
-            deviations.append(pstdev(values))
+            means.append(np.mean(values).item())  # NaN, no point, where no sentence has so many
+            deviations.append(np.std(values).item())
         curves.append(Curve(of_role[0].name, role, list(range(5)), means, deviations))
     return curves
 
@@ -688,13 +688,14 @@ def plot_group(prefix, runs, rows):
             by_role = runs_by_role(run.name, runs)
             paths[run.name] = path_curves(by_role)
             reliabilities[run.name] = reliability_curves(by_role)
-            attractors[run.name] = attractor_curves(by_role, rows)
+            if run.config["task"] == "sva":
+                attractors[run.name] = attractor_curves(by_role, rows)
 
     if paths:
         draw(f"{prefix}-paths.png", paths, "first dimension of 1 - RSA", "second dimension")
         draw(f"{prefix}-reliability.png", reliabilities, "confidence", "accuracy")
-        if runs[0].config["task"] == "sva":
-            draw(f"{prefix}-attractors.png", attractors, "attractors", "accuracy")
+    if attractors:
+        draw(f"{prefix}-attractors.png", attractors, "attractors", "accuracy")
     for flag, curves in sweeps(runs, rows).items():
         panels = {"": sweep_curves(curves)}
         draw(f"{prefix}-{flag}.png", panels, flag, "OOD accuracy", xscale="symlog")
