@@ -1,4 +1,4 @@
-"""What the scripts share: the KD loss, the metrics, the names and files of runs. Copy what you need.
+"""What the scripts share: the KD loss, the metrics, names and files of runs. Copy what you need.
 
 Metrics compute in double precision, on the device of their arguments, and return Python numbers.
 """

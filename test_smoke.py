@@ -337,6 +337,8 @@ def test_the_plain_twin_of_a_taught_classifier_answers_after_the_last_word(tmp_p
     assert sva.configure(args)["answers"] == "every"
     assert sva.relatives(args)["plain"]["transformer-seq"] == "transformer-seq/seed0"
     assert sva.configure(sva.plain(args, "transformer-seq", 0))["answers"] == "last"
+    args = parsed(sva, "--teacher lstm --kd --answers every", tmp_path)
+    assert sva.relatives(args)["plain"]["transformer-seq"] == "transformer-seq/seed0"
 
 
 @pytest.mark.parametrize("script, flags, expected", [
@@ -544,6 +546,8 @@ def test_another_seed_is_another_start_and_another_epoch_another_order(grid):
     steps = grid[""].steps
     assert len(steps) == 3 * 11, "3 epochs of 550 digits in batches of 48"
     assert not torch.equal(steps[0]["images"], steps[11]["images"])
+    other_steps = grid["--seed 1"].steps
+    assert not torch.equal(steps[0]["images"], other_steps[0]["images"]), "one order for all seeds"
 
 
 @torch.no_grad()
@@ -760,7 +764,6 @@ def test_a_sample_of_sentences_is_drawn_from_all_of_them(tables):
     (("1\t1\t\n", "nan\tnan\tnan\n"), "attractors", -1),
     (("1\t1\t\n", "nan\tnan\tnan\n"), "distance", -1),
     (("1\t1\t\n", "1\t1\t4.0\n"), "distance", 4),
-    (("x\tsent", "\ufeffx\tsent"), "answer_at", 4),   # a byte order mark
     (("near the", "near\u00a0it the"), "answer_at", 4),  # a no-break space is no blank
     (("key near", "key  near"), "answer_at", 4),
     (("here\t2\tVBP\t0\t0\t1\n", "here\t2\tVBP\t0\t0\t1\n\n"), "answer_at", 4)])
@@ -770,6 +773,13 @@ def test_tables_as_people_have_them(change, column, expected, tables):
     test = sva.load_data(tables)["test"]
     assert len(test["labels"]) == 4
     assert test[column][0] == expected
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tables):
+    """Spreadsheets write one, and the first column may be one of the six."""
+    text = "\ufeff" + (HEADER + "".join(ROWS)).replace("x\t", "", 1).replace("-\t", "")
+    (tables.data_dir / "test.tsv").write_text(text, encoding="utf-8")
+    assert sva.load_data(tables)["test"]["labels"].tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("change, expected", [
@@ -986,7 +996,7 @@ def test_batches_are_sorted_within_windows_only():
 
 
 def test_the_backward_pass_in_parts_is_that_of_the_whole():
-    """Also through two inputs, of which one wants no gradient, and with a last part that is less."""
+    """Also through two inputs, one of them without gradient, and with a shorter last part."""
     weights = normal(3, 4).requires_grad_()
     inputs = normal(7, 3, seed=1)
     soft = normal(7, 4, seed=2)
@@ -1057,9 +1067,10 @@ SENTENCE_SETUPS = [  # flags, whether every word is asked
 
 
 @pytest.mark.parametrize("flags, every", SENTENCE_SETUPS)
-def test_setups_of_sentences(flags, every, tmp_path, watched, small_models):
+def test_setups_of_sentences(flags, every, tmp_path, watched, small_models, monkeypatch):
     """The batches are those of the plain twin, the words asked those of the setup, and the soft
-    labels what the teacher answers there."""
+    labels what the teacher answers there, without its dropout."""
+    monkeypatch.setitem(sva.DROPOUT, ("lm", "lstm"), 0.3)
     lm = "lm" in flags
     run(sva, "--objective lm" if lm else "", tmp_path)
     twin = list(watched)
@@ -1067,6 +1078,8 @@ def test_setups_of_sentences(flags, every, tmp_path, watched, small_models):
     folder, record = run(sva, flags, tmp_path)
     config = record["config"]
     steps = watched[-6:]  # 2 epochs of 3 batches, after those of the teacher
+    snapshots = np.load(folder / "outputs.npz")["probe_representations"]
+    assert snapshots.shape == (3, 240, 16), "epochs 0, 1, 2 of all 240 test sentences"
 
     for step, twin_step in zip(steps, twin, strict=True):
         assert torch.equal(step["tokens"], twin_step["tokens"]), "another batch"
@@ -1106,6 +1119,27 @@ def test_each_seed_has_its_own_permutation_of_sentences():
         found.append(soft_labels)
     assert not torch.equal(*found)
     assert found[0].sum().item() == approx(found[1].sum().item()), "not the same soft labels"
+
+
+def test_a_run_permutes_with_its_own_seed(tmp_path, monkeypatch, small_models):
+    seeds = []
+    permute = sva.permute
+
+    def noted(soft_labels, split, answers, seed):
+        seeds.append(seed)
+        permute(soft_labels, split, answers, seed)
+
+    monkeypatch.setattr(sva, "permute", noted)
+    run(sva, "--teacher lstm --kd permuted --seed 3", tmp_path)
+    assert seeds == [3]
+
+
+def test_an_lstm_drops_out_before_between_and_after_its_layers():
+    model = sva.build_model("lstm", 0, arguments())
+    calls = []
+    model.drop.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.arange(4, 18).view(2, 7))
+    assert len(calls) == 2 and model.lstm.dropout == 0.25
 
 
 def test_parts_change_nothing_and_online_both_learn(tmp_path, monkeypatch, small_models):
@@ -1269,7 +1303,8 @@ def test_only_the_stronger_kind_teaches_a_taught_run():
                                  ("transformer-seq", "transformer-seq", "offline"),
                                  ("transformer-seq", "transformer-seq", "permuted"),
                                  ("transformer-seq", "ut-seq", "offline"),
-                                 ("lstm", "transformer-seq", "offline"), ("lstm", "lstm", "offline")):
+                                 ("lstm", "transformer-seq", "offline"),
+                                 ("lstm", "lstm", "offline")):
         roles[student, teacher, kd] = made_up_run("name", 0, student, teacher, kd).role()
     assert list(roles.values()) == ["taught", "taught", "permuted", "self-taught", "other",
                                     "other", "other", "self-taught"]

@@ -717,8 +717,8 @@ def backward_in_parts(loss_of, targets, *inputs, at_once):
     parts = [x.split(at_once) for x in (targets, *leaves)]
     total = 0.0
     for part_targets, *part_inputs in zip(*parts):
-        weight = len(part_targets) / len(targets)  # the parts add up to the mean over all
-        loss = weight * loss_of(part_targets, *part_inputs)
+        # The parts add up to the mean over all.
+        loss = loss_of(part_targets, *part_inputs) * len(part_targets) / len(targets)
         loss.backward()
         total += loss.detach()  # no .item(): a GPU would wait for it in every step
 
