@@ -470,8 +470,13 @@ def print_answer(claims):
                 print(f"- {claim['claim']}: {claim['difference']}, {claim['verdict']}")
 
 
+class Sweep(NamedTuple):
+    run: Run  # one of those that are alike but for the flag
+    accuracies: dict  # {value of the flag: [OOD accuracy of each seed]}
+
+
 def sweeps(runs, rows):
-    """{flag: {(name without the flag, role): {value: [OOD accuracy]}}} of the flags that vary."""
+    """{flag: {(name without the flag, role): Sweep}} of the flags that vary."""
     found = {}
     for flag in ("examples", "temperature", "alpha"):
         curves = {}
@@ -480,9 +485,9 @@ def sweeps(runs, rows):
             if flag in run.config and accuracy is not None:
                 value = run.config[flag]
                 name = run.name.replace(common.flag_in_name(flag, value), "")
-                curve = curves.setdefault((name, run.role()), {})
-                curve.setdefault(value, []).append(accuracy)
-        curves = {key: curve for key, curve in curves.items() if len(curve) > 1}
+                sweep = curves.setdefault((name, run.role()), Sweep(run, {}))
+                sweep.accuracies.setdefault(value, []).append(accuracy)
+        curves = {key: sweep for key, sweep in curves.items() if len(sweep.accuracies) > 1}
         if curves:
             found[flag] = curves
     return found
@@ -508,10 +513,10 @@ def print_runs(runs, rows):
 
 def print_sweeps(runs, rows):
     for flag, curves in sweeps(runs, rows).items():
-        values = sorted({value for curve in curves.values() for value in curve})
+        values = sorted({value for sweep in curves.values() for value in sweep.accuracies})
         lines = []
-        for (name, _), curve in curves.items():
-            cells = [mean_and_spread(curve.get(value, [])) for value in values]
+        for (name, _), sweep in curves.items():
+            cells = [mean_and_spread(sweep.accuracies.get(value, [])) for value in values]
             lines.append([name, *cells])
         headings = [str(value) for value in values]
         print_table(f"OOD accuracy over {flag}", ["run", *headings], lines)
@@ -548,39 +553,92 @@ def print_group(title, runs, rows, claims):
 
 # ---- Figures -------------------------------------------------------------------------------------
 
-STYLES = {  # differ in grey too
-    "plain": "b-o",
-    "self-taught": "c--s",
-    "permuted": "y--x",
-    "taught": "r-.^",
-    "strong": "k:D",
-    "other": "g:v",
+# Colours of Okabe & Ito (2008), which colour-blind readers tell apart; markers differ in grey too.
+STYLES = {
+    "plain": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "self-taught": {"color": "#56B4E9", "marker": "s", "linestyle": "--"},
+    "permuted": {"color": "#CC79A7", "marker": "x", "linestyle": ":"},
+    "taught": {"color": "#D55E00", "marker": "^", "linestyle": "-"},
+    "strong": {"color": "#000000", "marker": "D", "linestyle": "--"},
+    "other": {"color": "#009E73", "marker": "v", "linestyle": "-."},
 }
 
 
 class Curve(NamedTuple):
     """What a figure draws: a line in the style of its role."""
-    name: str
+    label: str
     role: str
     x: list
     y: list
     deviation: list = None  # of y
 
 
-def draw(path, panels, xlabel, ylabel, **limits):
-    """A figure of panels side by side, {title: [Curve]}."""
+def label(run, role):
+    """How a figure names a run: by what taught it."""
+    teacher = run.config.get("teacher")
+    return {
+        "plain": "alone",
+        "self-taught": "taught by its own kind",
+        "permuted": f"taught by {teacher}, permuted",
+        "taught": f"taught by {teacher}",
+        "strong": f"{run.student} itself",
+    }.get(role, run.name)
+
+
+def draw(path, panels, xlabel, ylabel, decorate):
+    """A figure of panels side by side, {title: [Curve]}, with one y axis and one legend.
+    decorate(axis, curves): what is special about this figure."""
     import matplotlib.pyplot as plt
 
-    size = (5.5 * len(panels), 3.2)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(3 * len(panels), 5), 3.6),
+                                sharey=True, squeeze=False, layout="constrained")
+    lines = {}  # {label: line}: equal ones stand in the legend once
     for axis, (title, curves) in zip(axes[0], panels.items()):
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel, **limits)
+        axis.set(title=title, xlabel=xlabel)
         for curve in curves:
-            axis.errorbar(curve.x, curve.y, curve.deviation, fmt=STYLES[curve.role],
-                          label=curve.name, markersize=3, capsize=2)
-        axis.legend(fontsize=7, bbox_to_anchor=(1, 1))
+            lines[curve.label] = axis.errorbar(curve.x, curve.y, curve.deviation, markersize=4,
+                                               capsize=2, **STYLES[curve.role])
+        decorate(axis, curves)
+    axes[0, 0].set_ylabel(ylabel)
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def decorate_paths(axis, curves):
+    """Distances are what a path shows, so both axes have one scale. A ring: the first weights."""
+    xs = [x for curve in curves for x in curve.x]
+    ys = [y for curve in curves for y in curve.y]
+    half = 0.55 * max(max(xs) - min(xs), max(ys) - min(ys))  # a square around all points
+    middle_x = (max(xs) + min(xs)) / 2
+    middle_y = (max(ys) + min(ys)) / 2
+    axis.set(xlim=(middle_x - half, middle_x + half), ylim=(middle_y - half, middle_y + half))
+    axis.set_aspect("equal")
+    for curve in curves:
+        color = STYLES[curve.role]["color"]
+        axis.plot(curve.x[0], curve.y[0], marker="o", markersize=9, color=color, fillstyle="none")
+        axis.plot(curve.x[-1], curve.y[-1], marker="*", markersize=11, color=color)
+
+
+def decorate_reliability(axis, curves):
+    axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    axis.plot([0, 1], [0, 1], color="grey", linewidth=0.8)  # where confidence is accuracy
+
+
+def decorate_attractors(axis, curves):
+    axis.set(ylim=(0, 1))
+    axis.set_xticks(range(5), ["0", "1", "2", "3", "4+"])
+    axis.axhline(0.5, color="grey", linewidth=0.8)
+    axis.annotate("chance", (0, 0.5), color="grey", fontsize=8, va="top")
+
+
+def decorate_sweep(axis, curves):
+    """The values of the flag are the ticks, on a logarithmic scale where they span much."""
+    values = sorted({x for curve in curves for x in curve.x})
+    if values[0] > 0 and values[-1] > 10 * values[0]:
+        axis.set_xscale("log")
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.minorticks_off()
 
 
 def runs_by_role(plain_name, runs):
@@ -593,7 +651,8 @@ def runs_by_role(plain_name, runs):
     for name in sorted(by_name, key=lambda name: (len(name), name)):
         run = by_name[name][0]
         plain = run.record["plain"][run.student].split("/")[0]
-        if name == plain_name or (run.config["kd"] and plain == plain_name):
+        is_of_plain = name == plain_name or (run.config["kd"] and plain == plain_name)
+        if is_of_plain and run.role() != "other":
             found.setdefault(run.role(), by_name[name])
         if name == strong.split("/")[0]:
             found["strong"] = by_name[name]
@@ -642,12 +701,12 @@ def path_curves(by_role):
     curves = []
     for (role, run), path in zip(chosen, paths):
         x, y = path.T.tolist()
-        curves.append(Curve(run.key, role, x, y))
+        curves.append(Curve(label(run, role), role, x, y))
     return curves
 
 
 def reliability_curves(by_role):
-    return [Curve(of_role[0].name, role, *reliability(of_role))
+    return [Curve(label(of_role[0], role), role, *reliability(of_role))
             for role, of_role in by_role.items()]
 
 
@@ -662,24 +721,33 @@ def attractor_curves(by_role, rows):
             values = [rows[run.key].get(column, math.nan) for run in of_role]
             means.append(np.mean(values).item())  # NaN, no point, where no sentence has so many
             deviations.append(np.std(values).item())
-        curves.append(Curve(of_role[0].name, role, list(range(5)), means, deviations))
+        curves.append(Curve(label(of_role[0], role), role, list(range(5)), means, deviations))
     return curves
 
 
-def sweep_curves(curves):
-    """Of one flag of sweeps(): mean and standard deviation over the seeds."""
-    found = []
-    for (name, role), curve in curves.items():
-        values = sorted(curve)
-        means = [fmean(curve[value]) for value in values]
-        deviations = [pstdev(curve[value]) for value in values]
-        style = "strong" if name in STRONGER.values() else role
-        found.append(Curve(name, style, values, means, deviations))
-    return found
+def sweep_panels(curves):
+    """{student: [Curve]} of one flag of sweeps(): mean and standard deviation over the seeds, with
+    the stronger kind where it varies too."""
+    panels = {}
+    for student, strong in STRONGER.items():
+        chosen = []
+        for sweep in curves.values():
+            role = sweep.run.role()
+            if sweep.run.student == strong and role == "plain":
+                role = "strong"
+            elif sweep.run.student != student:
+                continue
+            values = sorted(sweep.accuracies)
+            means = [fmean(sweep.accuracies[value]) for value in values]
+            deviations = [pstdev(sweep.accuracies[value]) for value in values]
+            chosen.append(Curve(label(sweep.run, role), role, values, means, deviations))
+        if any(curve.role != "strong" for curve in chosen):
+            panels[student] = chosen
+    return panels
 
 
 def plot_group(prefix, runs, rows):
-    """The figures of one task: a panel for each plain kind that has a stronger one."""
+    """The figures of one task: a panel for each plain name that has a stronger kind."""
     paths = {}
     reliabilities = {}
     attractors = {}
@@ -692,13 +760,16 @@ def plot_group(prefix, runs, rows):
                 attractors[run.name] = attractor_curves(by_role, rows)
 
     if paths:
-        draw(f"{prefix}-paths.png", paths, "first dimension of 1 - RSA", "second dimension")
-        draw(f"{prefix}-reliability.png", reliabilities, "confidence", "accuracy")
+        draw(f"{prefix}-paths.png", paths, "1 - RSA, first dimension", "second dimension",
+             decorate_paths)
+        draw(f"{prefix}-reliability.png", reliabilities, "confidence", "accuracy",
+             decorate_reliability)
     if attractors:
-        draw(f"{prefix}-attractors.png", attractors, "attractors", "accuracy")
+        draw(f"{prefix}-attractors.png", attractors, "attractors", "accuracy", decorate_attractors)
     for flag, curves in sweeps(runs, rows).items():
-        panels = {"": sweep_curves(curves)}
-        draw(f"{prefix}-{flag}.png", panels, flag, "OOD accuracy", xscale="symlog")
+        panels = sweep_panels(curves)
+        if panels:
+            draw(f"{prefix}-{flag}.png", panels, flag, "OOD accuracy", decorate_sweep)
 
 
 # ---- Flags ---------------------------------------------------------------------------------------

@@ -1542,8 +1542,10 @@ def test_a_sweep_knows_small_values_by_their_names():
     for one, alpha in zip(runs, (1.0, 1e-05, 0.5)):
         one.config["alpha"] = alpha
     rows = {one.key: {"OOD: accuracy": one.config["alpha"]} for one in runs}
-    assert analyze.sweeps(runs, rows) == {
-        "alpha": {("cnn-to-mlp", "taught"): {1.0: [1.0], 1e-05: [1e-05]}}}
+    found = analyze.sweeps(runs, rows)
+    assert list(found) == ["alpha"] and list(found["alpha"]) == [("cnn-to-mlp", "taught")]
+    sweep = found["alpha"]["cnn-to-mlp", "taught"]
+    assert sweep.accuracies == {1.0: [1.0], 1e-05: [1e-05]}
 
 
 def test_the_analysis_prints_where_the_locale_knows_ascii_alone(analysed):
@@ -1580,9 +1582,10 @@ def test_reliability_is_drawn_of_bins_with_enough_examples():
     """30 predictions at 0.9, of which 20 are right; 19 at 0.6 are too few."""
     confidence = tensor([0.9] * 30 + [0.6] * 19)
     labels = tensor([0] * 20 + [1] * 10 + [0] * 19)
-    one = Namespace(name="mlp", tests=("scaled",), predictions={
-        "test": (torch.rand(9, 2), torch.zeros(9)),
-        "scaled": (torch.stack([confidence, 1 - confidence], 1), labels)})
+    one = made_up_run("mlp", 0, "mlp")
+    one.tests = ("scaled",)
+    one.predictions = {"test": (torch.rand(9, 2), torch.zeros(9)),
+                       "scaled": (torch.stack([confidence, 1 - confidence], 1), labels)}
     curve, = analyze.reliability_curves({"plain": [one]})
     assert (curve.x, curve.y) == (approx([0.9]), approx([2 / 3]))
 
@@ -1597,7 +1600,8 @@ def test_paths_are_drawn_at_the_distances_of_their_snapshots():
     for one in runs:
         one.snapshots = {epoch: normal(6, 3, seed=10 * one.seed + epoch) for epoch in (0, 1, 2)}
     curves = analyze.path_curves({"plain": runs})
-    assert [curve.name for curve in curves] == ["mlp/seed0", "mlp/seed1"], "two seeds are enough"
+    assert len(curves) == 2, "two seeds are enough"
+    assert {curve.label for curve in curves} == {"alone"}
     snapshots = [*runs[0].snapshots.values(), *runs[1].snapshots.values()]
     distances = tensor([[1 - common.rsa(a, b) for b in snapshots] for a in snapshots])
     expected = analyze.classical_mds(distances).T
@@ -1606,11 +1610,56 @@ def test_paths_are_drawn_at_the_distances_of_their_snapshots():
 
 
 def test_sweeps_are_drawn_over_sorted_values():
-    curves = {("cnn-to-mlp", "taught"): {5.0: [0.7, 0.9], 1.0: [0.6]}, ("cnn", "plain"): {1: [0.9]}}
-    taught, strong = analyze.sweep_curves(curves)
-    assert taught[:4] == ("cnn-to-mlp", "taught", [1.0, 5.0], [0.6, approx(0.8)])
-    assert taught.deviation == [0, approx(0.1)]
-    assert strong.role == "strong"
+    """A panel a student, with the stronger kind; not one for a kind that is only the stronger."""
+    taught = made_up_run("cnn-to-mlp", 0, "mlp", "cnn", "offline")
+    strong = made_up_run("cnn", 0, "cnn")
+    panels = analyze.sweep_panels({
+        ("cnn-to-mlp", "taught"): analyze.Sweep(taught, {5.0: [0.7, 0.9], 1.0: [0.6]}),
+        ("cnn", "plain"): analyze.Sweep(strong, {1.0: [0.9], 5.0: [0.9]}),
+    })
+    assert list(panels) == ["mlp"]
+    first, second = panels["mlp"]
+    assert first[:4] == ("taught by cnn", "taught", [1.0, 5.0], [0.6, approx(0.8)])
+    assert first.deviation == [0, approx(0.1)]
+    assert (second.label, second.role) == ("cnn itself", "strong")
+
+
+@pytest.mark.parametrize("role, expected", [
+    ("plain", "alone"), ("strong", "mlp itself"), ("taught", "taught by cnn"),
+    ("permuted", "taught by cnn, permuted"), ("self-taught", "taught by its own kind"),
+    ("other", "cnn-to-mlp-x")])
+def test_a_curve_is_named_by_what_taught_it(role, expected):
+    one = made_up_run("cnn-to-mlp-x", 0, "mlp", "cnn", "offline")
+    assert analyze.label(one, role) == expected
+
+
+def drawn_axes(tmp_path, monkeypatch, panels, decorate):
+    """The axes of a figure, as matplotlib has them."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    analyze.draw(tmp_path / "figure.png", panels, "x", "y", decorate)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    return plt.gcf()
+
+
+def test_panels_share_one_y_axis_and_one_legend(tmp_path, monkeypatch):
+    """At most 9 inches wide for three; a name stands in the legend once."""
+    curve = analyze.Curve("alone", "plain", [0, 1], [0.5, 0.6], [0.1, 0.1])
+    figure = drawn_axes(tmp_path, monkeypatch, {"a": [curve], "b": [curve], "c": [curve]},
+                        analyze.decorate_attractors)
+    assert figure.get_size_inches()[0] <= 9
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["alone"]
+    assert {axis.get_ylim() for axis in figure.axes} == {(0, 1)}
+    assert [axis.get_title() for axis in figure.axes] == ["a", "b", "c"]
+
+
+def test_a_sweep_has_the_values_of_its_flag_as_ticks(tmp_path, monkeypatch):
+    """On a logarithmic scale where they span more than ten times, and hold no zero."""
+    for values, scale in (([1, 5, 40], "log"), ([0, 0.5, 1], "linear"), ([2, 4], "linear")):
+        curve = analyze.Curve("alone", "plain", values, [0.5] * len(values))
+        axis, = drawn_axes(tmp_path, monkeypatch, {"mlp": [curve]}, analyze.decorate_sweep).axes
+        assert axis.get_xscale() == scale
+        assert axis.get_xticks().tolist() == values
 
 
 def test_figures_are_of_the_runs_on_disk(analysed, monkeypatch, tmp_path):
@@ -1621,17 +1670,10 @@ def test_figures_are_of_the_runs_on_disk(analysed, monkeypatch, tmp_path):
     runs, = analyze.load_runs(analysed.root / "b").values()
     analyze.plot_group(tmp_path / "mnist", runs, analyze.make_rows(runs))
     plain = analysed.name[""]
-    assert drawn["mnist-paths.png"][plain][0].name == f"{plain}/seed0"
+    assert drawn["mnist-paths.png"][plain][0].label == "alone"
     assert len(drawn["mnist-paths.png"][plain][0].x) == 4, "epochs 0, 1, 2, 3"
-    assert [curve.name for curve in drawn["mnist-reliability.png"][plain]] == [plain]
+    assert [curve.label for curve in drawn["mnist-reliability.png"][plain]] == ["alone"]
     assert "mnist-attractors.png" not in drawn
-
-
-def test_a_figure_is_written(tmp_path):
-    pytest.importorskip("matplotlib")
-    curve = analyze.Curve("mlp", "plain", [1, 2], [0.5, 0.6], [0.1, 0.1])
-    analyze.draw(tmp_path / "figure.png", {"mlp": [curve]}, "x", "y")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- The commands of the README ------------------------------------------------------------------
