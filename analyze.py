@@ -598,6 +598,7 @@ def draw(path, panels, xlabel, ylabel, decorate):
         for curve in curves:
             lines[curve.label] = axis.errorbar(curve.x, curve.y, curve.deviation, markersize=4,
                                                capsize=2, **STYLES[curve.role])
+    for axis, curves in zip(axes[0], panels.values()):  # now the y axis spans all panels
         decorate(axis, curves)
     axes[0, 0].set_ylabel(ylabel)
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8)
@@ -607,12 +608,11 @@ def draw(path, panels, xlabel, ylabel, decorate):
 
 def decorate_paths(axis, curves):
     """Distances are what a path shows, so both axes have one scale. A ring: the first weights."""
-    xs = [x for curve in curves for x in curve.x]
-    ys = [y for curve in curves for y in curve.y]
-    half = 0.55 * max(max(xs) - min(xs), max(ys) - min(ys))  # a square around all points
-    middle_x = (max(xs) + min(xs)) / 2
-    middle_y = (max(ys) + min(ys)) / 2
-    axis.set(xlim=(middle_x - half, middle_x + half), ylim=(middle_y - half, middle_y + half))
+    left, right = axis.get_xlim()
+    bottom, top = axis.get_ylim()
+    half = max(top - bottom, right - left) / 2  # at least a square: else paths would lie flat
+    middle = (top + bottom) / 2
+    axis.set_ylim(min(bottom, middle - half), max(top, middle + half))
     axis.set_aspect("equal")
     for curve in curves:
         color = STYLES[curve.role]["color"]
