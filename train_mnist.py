@@ -34,9 +34,11 @@ RECIPES = {
     "mlp": {"epochs": 20, "batch_size": 512, "lr": 0.4, "weight_decay": 2e-3},
     "cnn": {"epochs": 3, "batch_size": 256, "lr": 0.1, "weight_decay": 5e-4},
 }
+RECIPES["cnn-shuffled"] = RECIPES["cnn"]
 TEMPERATURE = 20.0
 EXAMPLES = 60_000  # training digits, with those for validation
 TESTS = ("test", "scaled", "translated")
+PARTS = ("hard", "confidence", "ratios")  # of what a teacher says, for --kd
 MNIST_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -97,7 +99,25 @@ def cnn():
     )
 
 
-MODELS = {"mlp": mlp, "cnn": cnn}
+class Shuffle(nn.Module):
+    """Puts the pixels of all digits in one random order: now neighbours mean nothing."""
+
+    def __init__(self):
+        super().__init__()
+        order = torch.randperm(28 * 28, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("order", order)
+
+    def forward(self, x):
+        return x.flatten(1)[:, self.order].view(-1, 1, 28, 28)
+
+
+def cnn_shuffled():
+    """Control: the CNN without its locality. Its weights, its recipe, its size stay."""
+    model = cnn()
+    return network(Shuffle(), *model.body, model.head)
+
+
+MODELS = {"mlp": mlp, "cnn": cnn, "cnn-shuffled": cnn_shuffled}
 
 
 def build_model(name, seed, args):
@@ -310,7 +330,8 @@ def configure(args):
         config |= {f"teacher_{key}": value for key, value in teacher.items()}
         config["teacher"] = args.teacher
         config["teacher_seed"] = given(args.teacher_seed, args.seed + 1)
-        config["temperature"] = given(args.temperature, TEMPERATURE)
+        temperature = 1.0 if args.kd == "hard" else TEMPERATURE
+        config["temperature"] = given(args.temperature, temperature)
         config["alpha"] = given(args.alpha, 1.0)
     return config
 
@@ -348,6 +369,42 @@ def relatives(args):
 # ---- Training ------------------------------------------------------------------------------------
 
 
+def permute(soft_labels, labels, seed):
+    """Permutes soft labels (n, 10), in place, among the digits of one label: no function of the
+    image is left."""
+    torch.manual_seed(seed)
+    for label in range(10):
+        own = (labels == label).nonzero().squeeze(1)
+        order = torch.randperm(len(own), device=own.device)
+        soft_labels[own] = soft_labels[own[order]]
+
+
+def keep_part(soft_labels, part, temperature):
+    """Soft labels (n, 10) that keep one part of what softmax(soft_labels / temperature) says.
+
+    hard: which class is the most probable one; the others get nothing.
+    confidence: how probable it is; the others share the rest equally.
+    ratios: the ratios among the others; the first class is as probable for each digit, as it is on
+    average. Zhao et al. 2022 (arXiv 2203.08679), eq. 3-5, part the distribution in this way, with
+    the label in the place of the first class.
+    """
+    log_p = (soft_labels.double() / temperature).log_softmax(dim=1)
+    first, first_class = log_p.max(dim=1, keepdim=True)
+    others = log_p.scatter(1, first_class, -math.inf)
+    rest = others.logsumexp(dim=1, keepdim=True)  # log(1 - p), exact where p is almost 1
+
+    if part == "hard":
+        first = torch.zeros_like(first)
+        others = torch.full_like(others, -1000)  # infinity would make the KD loss NaN
+    elif part == "confidence":
+        others = (rest - math.log(9)).expand_as(others)
+    elif part == "ratios":
+        others = others - rest + rest.exp().mean().log()
+        first = first.exp().mean().log().expand_as(first)
+    kept = others.scatter(1, first_class, first)
+    return (temperature * kept).float()
+
+
 def ask_teacher(args, data):
     """(soft labels (n, 10) of the training digits, test metrics) of the teacher that was trained
     before: a plain run, loaded, or trained now. Neither it nor the digits change, so it is asked
@@ -361,12 +418,10 @@ def ask_teacher(args, data):
     soft_labels, _ = evaluate(teacher, images, args.amp)
     soft_labels = soft_labels.to(args.device)
 
-    if args.kd == "permuted":  # among the digits of one label: no function of the image is left
-        torch.manual_seed(args.seed)
-        for label in range(10):
-            own = (labels == label).nonzero().squeeze(1)
-            order = torch.randperm(len(own), device=args.device)
-            soft_labels[own] = soft_labels[own[order]]
+    if args.kd == "permuted":
+        permute(soft_labels, labels, args.seed)
+    elif args.kd in PARTS:
+        soft_labels = keep_part(soft_labels, args.kd, configure(args)["temperature"])
     return soft_labels, record["metrics"]
 
 
@@ -533,9 +588,10 @@ def parse_arguments(argv=None):
     # Models and distillation
     add("--student", choices=MODELS, default="mlp", help="model to train")
     add("--teacher", choices=MODELS, help="model to learn from (default: the student's kind)")
-    add("--kd", nargs="?", const="offline", choices=["offline", "online", "permuted"],
+    add("--kd", nargs="?", const="offline", choices=["offline", "online", "permuted", *PARTS],
         help="distil from a trained teacher (plain --kd); online: train both together; permuted: "
-             "permute the soft labels among the digits of one label")
+             "permute the soft labels among the digits of one label; hard, confidence, ratios: "
+             "keep that part of them alone")
     add("--temperature", type=float, help=f"softens both outputs (default: {TEMPERATURE:g})")
     add("--alpha", type=float, help="share of the KD loss, the rest: cross-entropy (default: 1)")
     # Training, of student and teacher (default: each model's recipe)
@@ -566,6 +622,8 @@ def parse_arguments(argv=None):
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
     if args.examples is not None and args.examples > EXAMPLES:
         parser.error(f"--examples must be at most {EXAMPLES}")
+    if args.kd == "hard" and args.temperature:
+        parser.error("--temperature has no effect on --kd hard")
     if args.teacher_seed == args.seed:
         parser.error("--teacher-seed must not be the student's own")
 

@@ -553,22 +553,35 @@ def evaluate(model, split, args):
 
 def test_all(model, data, args):
     """({"test": metrics}, {"test_logits", "test_labels": tensor}). A-accuracy: mean over 0, 1, 2,
-    3, 4+ attractors, D-accuracy: over distances 1..16 (Abnar et al. 2020, sec. 3.1)."""
+    3, 4+ attractors, D-accuracy: over distances 1..16 (Abnar et al. 2020, sec. 3.1). Balanced: for
+    each number of attractors, the mean of the accuracies on singular and on plural subjects. Where
+    most subjects are plural, who always says "plural" has a high accuracy, but a balanced one of
+    0.5."""
     split = data["test"]
     logits, _, loss = evaluate(model, split, args)
     correct = (logits.argmax(dim=1) == split["labels"]).double()
     correct[logits.isnan().any(dim=1)] = math.nan  # argmax takes NaN for an answer
 
-    def by_group(groups, values):  # without those that no sentence is in
-        return {str(value): correct[groups == value].mean().item()
-                for value in values if (groups == value).any()}
+    def accuracy(inside):
+        return correct[inside].mean().item()
 
-    by_attractors = by_group(split["attractors"].clamp(max=4), range(5))
-    by_distance = by_group(split["distance"], range(1, 17))
+    def balanced_accuracy(inside):
+        of_numbers = [inside & (split["labels"] == label) for label in (0, 1)]
+        return fmean(accuracy(of_number) for of_number in of_numbers if of_number.any())
+
+    def by_group(groups, values, score):  # without those that no sentence is in
+        return {str(value): score(groups == value) for value in values if (groups == value).any()}
+
+    def mean(scores):
+        return fmean(scores.values()) if scores else None
+
+    attractors = split["attractors"].clamp(max=4)
+    by_attractors = by_group(attractors, range(5), accuracy)
     metrics = {
         **common.classification_metrics(logits, split["labels"]),
-        "a_accuracy": fmean(by_attractors.values()) if by_attractors else None,
-        "d_accuracy": fmean(by_distance.values()) if by_distance else None,
+        "a_accuracy": mean(by_attractors),
+        "balanced_a_accuracy": mean(by_group(attractors, range(5), balanced_accuracy)),
+        "d_accuracy": mean(by_group(split["distance"], range(1, 17), accuracy)),
         "accuracy_by_attractors": by_attractors,
     }
     if args.objective == "lm":
@@ -633,7 +646,8 @@ def configure(args):
         config |= {f"teacher_{key}": value for key, value in teacher.items()}
         config["teacher"] = args.teacher
         config["teacher_seed"] = given(args.teacher_seed, args.seed + 1)
-        config["temperature"] = given(args.temperature, TEMPERATURE[args.objective])
+        temperature = 1.0 if args.kd == "hard" else TEMPERATURE[args.objective]
+        config["temperature"] = given(args.temperature, temperature)
         config["alpha"] = given(args.alpha, 1.0)
     return config
 
@@ -753,6 +767,8 @@ def train(args, data):
             soft_labels = answer_every_word(trained_teacher, split, args)
     if args.kd == "permuted":
         permute(soft_labels, split, answers, args.seed)
+    elif args.kd == "hard":  # its decisions alone, as good as certain: infinity would make NaN
+        soft_labels = 1000.0 * F.one_hot(soft_labels.argmax(dim=2), 2)
 
     # ---- The student, and what it learns with
     student = build_model(args.student, args.seed, args)
@@ -886,12 +902,13 @@ def print_results(args, record):
         return "-" if value is None else f"{value:.4f}"
 
     names = [name for name, value in record["metrics"]["test"].items() if isinstance(value, float)]
-    print(f"\n{'test':<16}" + "".join(f"{name:<12}" for name in names))
+    print(f"\n{'test':<16}" + "  ".join(f"{name:<10}" for name in names))
     for role, tests in rows.items():
         if tests is None:
             print(f"{role:<16}not there yet: the same command without --kd and its flags")
             continue
-        print(f"{role:<16}" + "".join(f"{shown(tests['test'][name]):<12}" for name in names))
+        cells = [f"{shown(tests['test'][name]):<{max(len(name), 10)}}" for name in names]
+        print(f"{role:<16}" + "  ".join(cells))
 
 
 # ---- Flags ---------------------------------------------------------------------------------------
@@ -907,9 +924,10 @@ def parse_arguments(argv=None):
     # Models and distillation
     add("--student", choices=MODELS, default="transformer-seq", help="model to train")
     add("--teacher", choices=MODELS, help="model to learn from (default: the student's kind)")
-    add("--kd", nargs="?", const="offline", choices=["offline", "online", "permuted"],
+    add("--kd", nargs="?", const="offline", choices=["offline", "online", "permuted", "hard"],
         help="distil from a trained teacher (plain --kd); online: train both together; permuted: "
-             "permute the soft labels among the answers of one label")
+             "permute the soft labels among the answers of one label; hard: keep only which class "
+             "is the more probable one")
     add("--temperature", type=float,
         help="softens both outputs (default: {classification:g}, language models {lm:g})".format(
             **TEMPERATURE))
@@ -945,12 +963,14 @@ def parse_arguments(argv=None):
         value = getattr(args, flag)
         if value is not None and not value >= least:
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
+    if args.kd == "hard" and args.temperature:
+        parser.error("--temperature has no effect on --kd hard")
     if args.teacher_seed == args.seed:
         parser.error("--teacher-seed must not be the student's own")
 
     args.teacher = args.teacher or args.student
-    if args.objective == "lm" and (args.answers or args.kd == "permuted"):
-        parser.error("--answers and --kd permuted are for classifiers")
+    if args.objective == "lm" and (args.answers or args.kd in ("permuted", "hard")):
+        parser.error("--answers, --kd permuted and --kd hard are for classifiers")
     every_word = args.objective == "lm" or args.answers == "every"
     if every_word and BIDIRECTIONAL & {args.student, args.teacher}:
         parser.error("a bidirectional model can't answer after every word")
