@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean, pstdev, stdev
+from statistics import covariance, fmean, pstdev, stdev, variance
 from typing import NamedTuple
 
 import numpy as np
@@ -67,9 +67,15 @@ CLAIMS = [
     ("stronger bias, less variance", "solutions: prediction spread", -1, "strong", "plain"),
     ("... of representations", "solutions: representation spread", -1, "strong", "plain"),
 ]
+AGAINST_ALONE = ("OOD: accuracy", "OOD: ece", "test: balanced_a_accuracy")
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
+
+
+def quantile_of_t(n):
+    """How many standard errors a 95 % t-interval of n values reaches to each side."""
+    return T_QUANTILES[min(n, 12)] if n >= 3 else math.inf
 
 
 def t_test(values, sign):
@@ -79,12 +85,53 @@ def t_test(values, sign):
     mean = fmean(values)
     if n < 3:
         return mean, math.inf, "untested"
-    half = T_QUANTILES[min(n, 12)] * stdev(values) / math.sqrt(n)
+    half = quantile_of_t(n) * stdev(values) / math.sqrt(n)
 
     distance = sign * mean if sign else MARGIN - abs(mean)
     if abs(distance) <= half:
         return mean, half, "inconclusive"
     return mean, half, "supported" if distance > 0 else "contradicted"
+
+
+def difference_text(values):
+    """+0.158 (+0.134 to +0.182): mean and 95 % t-interval, from 3 values on."""
+    mean, half, _ = t_test(values, 1)
+    interval = f" ({mean - half:+.3f} to {mean + half:+.3f})" if math.isfinite(half) else ""
+    return f"{mean:+.3f}{interval}"
+
+
+def ratio_of_means(above, below):
+    """(mean of `above` / mean of `below`, low, high): Fieller's 95 % interval for paired values
+    (Fieller 1954, "Some problems in interval estimation", J. R. Stat. Soc. B 16): each ratio r for
+    which a t-test finds no difference between `above` and r times `below`. None where `below` is
+    not surely above 0; below 3 values the interval is infinite."""
+    n = len(above)
+    mean_above = fmean(above)
+    mean_below = fmean(below)
+    if mean_below <= 0:
+        return None
+    ratio = mean_above / mean_below
+    if n < 3:
+        return ratio, -math.inf, math.inf
+
+    # Its ends are where (mean_above - r mean_below)^2 is the quantile^2 times the squared standard
+    # error of that: a r^2 - 2 b r + c = 0.
+    factor = quantile_of_t(n)**2 / n
+    a = mean_below**2 - factor * variance(below)
+    b = mean_above * mean_below - factor * covariance(above, below)
+    c = mean_above**2 - factor * variance(above)
+    if a <= 0:
+        return None
+    root = math.sqrt(max(b * b - a * c, 0))
+    return ratio, (b - root) / a, (b + root) / a
+
+
+def share_text(share):
+    """0.83 (0.72 to 0.95): what ratio_of_means returns."""
+    if share is None:
+        return "-"
+    ratio, low, high = share
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f})" if math.isfinite(low) else f"{ratio:.2f}"
 
 
 def pairwise(items, distance):
@@ -149,13 +196,20 @@ class Run:
         """plain, taught (by the stronger kind), self-taught, permuted; else other"""
         kd = self.config["kd"]
         teacher = self.config.get("teacher")
+        by_stronger = teacher == STRONGER.get(self.student)
         if not kd:
-            return "plain" if self.record["plain"][self.student] == self.key else "other"
-        if teacher == STRONGER.get(self.student):
-            return "permuted" if kd == "permuted" else "taught"
-        if teacher == self.student and kd != "permuted":
+            return "plain" if self.plain_key() == self.key else "other"
+        if kd == "permuted" and by_stronger:
+            return "permuted"
+        if kd in ("offline", "online") and by_stronger:
+            return "taught"
+        if kd in ("offline", "online") and teacher == self.student:
             return "self-taught"
-        return "other"
+        return "other"  # a part of the soft labels, another teacher, another setting
+
+    def plain_key(self):
+        """The run of its student and seed without a teacher."""
+        return self.record["plain"][self.student]
 
 
 def load_runs(root):
@@ -363,7 +417,7 @@ def add_barriers(rows, runs, data_dir):
     prepared = {}  # {examples: (build, measure)}
     for run in runs:
         if run.config["kd"]:
-            other = by_key.get(run.record["plain"][run.student])
+            other = by_key.get(run.plain_key())
         else:
             other = by_key.get(f"{run.name}/seed{run.seed + 1}")
         if other is None:
@@ -398,6 +452,15 @@ def family(run):
     }
 
 
+def difference(rows, one, other, column):
+    """Of two runs; None where one of them, or its number, is missing."""
+    a = rows.get(one, {}).get(column)
+    b = rows.get(other, {}).get(column)
+    if a is None or b is None or not math.isfinite(a - b):
+        return None
+    return a - b
+
+
 def test_claims(runs, rows):
     """A dictionary for each claim and pair of names: the differences by seed, and the verdict."""
     results = []
@@ -405,20 +468,44 @@ def test_claims(runs, rows):
         found = {}  # {(name of the one, of the other): {seed: difference}}
         for run in runs:
             keys = family(run)
-            a = rows.get(keys.get(one), {}).get(column)
-            b = rows.get(keys.get(against), {}).get(column)
-            if a is not None and b is not None and math.isfinite(a - b):
+            value = difference(rows, keys.get(one), keys.get(against), column)
+            if value is not None:
                 names = (keys[one].split("/")[0], keys[against].split("/")[0])
-                found.setdefault(names, {})[run.seed] = a - b
+                found.setdefault(names, {})[run.seed] = value
 
         for (name, other), values in found.items():
-            mean, half, verdict = t_test(list(values.values()), sign)
-            difference = f"{mean:+.3f}"
-            if verdict != "untested":
-                difference += f" ({mean - half:+.3f} to {mean + half:+.3f})"
+            mean, _, verdict = t_test(list(values.values()), sign)
             results.append({"claim": claim, "one": name, "against": other, "values": values,
-                            "mean": mean, "difference": difference, "verdict": verdict})
+                            "mean": mean, "difference": difference_text(list(values.values())),
+                            "verdict": verdict})
     return results
+
+
+def against_alone(runs, rows):
+    """{name: {column: {seed: difference}}} of each kind with a teacher, or with another setting,
+    from the plain run of its student and seed. "gap": by how much the stronger kind is ahead."""
+    found = {}
+    for run in runs:
+        alone = run.plain_key()
+        if run.key == alone:
+            continue
+        values = {column: difference(rows, run.key, alone, column) for column in AGAINST_ALONE}
+        strong = run.record["plain"].get(STRONGER.get(run.student))
+        values["gap"] = difference(rows, strong, alone, "OOD: accuracy")
+
+        of_name = found.setdefault(run.name, {column: {} for column in values})
+        for column, value in values.items():
+            if value is not None:
+                of_name[column][run.seed] = value
+    return found
+
+
+def share_of_gap(gains, gaps):
+    """(taught - plain) / (strong - plain) as ratio_of_means has it; both {seed: difference}. None
+    where a gap is missing, or the strong kind is not surely ahead."""
+    if not gains or not gains.keys() <= gaps.keys():
+        return None
+    return ratio_of_means(list(gains.values()), [gaps[seed] for seed in gains])
 
 
 # ---- What is printed -----------------------------------------------------------------------------
@@ -442,15 +529,6 @@ def print_table(caption, headings, lines):
         print(f"| {' | '.join(cells)} |")
 
 
-def share_of_gap(gain, gap):
-    """(taught - plain) / (strong - plain), over the seeds of the gain; None where the strong kind
-    is not surely ahead, or a seed of it is missing."""
-    width = fmean(gap["values"].get(seed, math.nan) for seed in gain["values"])
-    if width > 0 and gap["verdict"] in ("supported", "untested"):
-        return gain["mean"] / width
-    return None
-
-
 def print_answer(claims):
     """For each taught student: the share of the gap that is closed, and the headline claims."""
     gains = [claim for claim in claims if claim["claim"] == HEADLINES[0][0]]
@@ -461,10 +539,10 @@ def print_answer(claims):
         for gap in gaps:
             if gap["against"] != gain["against"]:
                 continue
-            share = share_of_gap(gain, gap)
-            if share is not None:
-                print(f"- {share:.2f} of the gap between {gap['against']} and {gap['one']} "
-                      f"({gain['mean'] / share:+.3f}) is closed")
+            share = share_of_gap(gain["values"], gap["values"])
+            if share:
+                print(f"- {share_text(share)} of the gap between {gap['against']} and "
+                      f"{gap['one']} is closed")
         for claim in claims:
             if claim["one"] == gain["one"] and claim["claim"] in headlines:
                 print(f"- {claim['claim']}: {claim['difference']}, {claim['verdict']}")
@@ -522,6 +600,22 @@ def print_sweeps(runs, rows):
         print_table(f"OOD accuracy over {flag}", ["run", *headings], lines)
 
 
+def print_against_alone(runs, rows):
+    lines = []
+    for name, columns in against_alone(runs, rows).items():
+        cells = []
+        for column in AGAINST_ALONE:
+            values = list(columns[column].values())
+            cells.append(difference_text(values) if values else "-")
+        share = share_of_gap(columns["OOD: accuracy"], columns["gap"])
+        n = len(columns["OOD: accuracy"])
+        if n:
+            lines.append([name, *cells, share_text(share), str(n)])
+    print_table("Against alone: differences from the plain run of the same student and seed, share "
+                "of the gap to the stronger kind, with 95 % intervals",
+                ["run", *AGAINST_ALONE, "share of the gap", "seeds"], lines)
+
+
 def print_claims(claims):
     tested = [claim for claim in claims if claim["verdict"] != "untested"]
     lines = []
@@ -542,6 +636,7 @@ def print_group(title, runs, rows, claims):
     print_answer(claims)
     print_runs(runs, rows)
     print_sweeps(runs, rows)
+    print_against_alone(runs, rows)
     print_claims(claims)
 
     for name, of_name in runs_by_name(runs).items():

@@ -30,6 +30,7 @@ if [ $quick ]; then
   OUT=${OUT:-runs-quick}
   mnist='--data synthetic --examples 4000'
   sva='--data synthetic'
+  digits='cnn mlp'
   pairs='cnn/mlp mlp/mlp'
   classifiers="lstm $seq"
   classifier_pairs="lstm/$seq $seq/$seq"
@@ -38,7 +39,8 @@ if [ $quick ]; then
 else
   mnist='--data mnist'
   sva='--data linzen'
-  pairs=$(echo {mlp,cnn}/{mlp,cnn})
+  digits='cnn cnn-shuffled mlp'
+  pairs="$(echo {mlp,cnn}/{mlp,cnn}) cnn-shuffled/mlp"
   classifiers="lstm transformer $seq ut-seq"
   classifier_pairs=$(echo {lstm,transformer,$seq,ut-seq}/{lstm,transformer,$seq,ut-seq})
   lms="lstm $seq ut-seq"
@@ -80,15 +82,19 @@ commands() {  # first, plain or taught; the longest first: then no core is idle 
     plain)
       plain "train_sva.py $sva --objective lm" $lms
       plain "train_sva.py $sva" $classifiers
-      plain "train_mnist.py $mnist" cnn mlp
+      plain "train_mnist.py $mnist" $digits
       ;;
     taught)
       taught "train_sva.py $sva --objective lm" offline $lm_pairs
       taught "train_sva.py $sva" offline $classifier_pairs
       taught "train_mnist.py $mnist" offline $pairs
       if [ ! $quick ]; then
-        taught "train_sva.py $sva" permuted lstm/$seq
-        taught "train_mnist.py $mnist" permuted cnn/mlp
+        for control in permuted hard; do
+          taught "train_sva.py $sva" $control lstm/$seq
+        done
+        for control in permuted hard confidence ratios; do
+          taught "train_mnist.py $mnist" $control cnn/mlp
+        done
       fi
       ;;
   esac

@@ -84,12 +84,12 @@ def cnn():
         nn.BatchNorm2d(16),
         nn.ReLU(),
 
-        nn.Conv2d(16, 32, kernel_size=3, padding=1),
+        nn.Conv2d(16, 24, kernel_size=3, padding=1),
         nn.ReLU(),
-        nn.AvgPool2d(kernel_size=4, stride=2, padding=1),  # (n, 32, 7, 7)
-        nn.BatchNorm2d(32),
+        nn.AvgPool2d(kernel_size=4, stride=2, padding=1),  # (n, 24, 7, 7)
+        nn.BatchNorm2d(24),
 
-        nn.Conv2d(32, 64, kernel_size=3, padding=1),
+        nn.Conv2d(24, 64, kernel_size=3, padding=1),
         nn.BatchNorm2d(64),  # before ReLU: a maximum of normalised values keeps their scale
         nn.ReLU(),
 
@@ -397,7 +397,8 @@ def keep_part(soft_labels, part, temperature):
         first = torch.zeros_like(first)
         others = torch.full_like(others, -1000)  # infinity would make the KD loss NaN
     elif part == "confidence":
-        others = (rest - math.log(9)).expand_as(others)
+        n_others = others.shape[1] - 1
+        others = (rest - math.log(n_others)).expand_as(others)
     elif part == "ratios":
         others = others - rest + rest.exp().mean().log()
         first = first.exp().mean().log().expand_as(first)
