@@ -7,7 +7,9 @@
 #   SEEDS=10 JOBS=4 OUT=/shared/runs DATA=/shared/data FLAGS="--device cuda:1" ./run_all.sh
 #
 # Plain runs have the seeds 0 .. SEEDS, taught ones 0 .. SEEDS-1: seed 1 teaches seed 0, and so on.
-# A line of --list is a whole command, to be started in this folder, on any machine.
+# With --quick there is a plain run of seed 0 alone: each other teaches one student, whose run
+# trains it, which saves a start of Python. A line of --list is a whole command, to be started in
+# this folder, on any machine.
 set -eu
 cd "$(dirname "$0")"
 
@@ -27,9 +29,12 @@ done
 seq=transformer-seq
 if [ $quick ]; then
   SEEDS=${SEEDS:-3}
+  last_plain=0
   OUT=${OUT:-runs-quick}
-  mnist='--data synthetic --examples 4000'
-  sva='--data synthetic'
+  # Small batches need few epochs.
+  mnist='--data synthetic --examples 4000 --batch-size 128 --epochs 14'
+  sva='--data synthetic --examples 500 --batch-size 32 --epochs 12'
+  lm='--data synthetic --examples 300 --batch-size 16 --objective lm'
   digits='cnn mlp'
   pairs='cnn/mlp mlp/mlp'
   classifiers="lstm $seq"
@@ -39,6 +44,7 @@ if [ $quick ]; then
 else
   mnist='--data mnist'
   sva='--data linzen'
+  lm='--data linzen --objective lm'
   digits='cnn cnn-shuffled mlp'
   pairs="$(echo {mlp,cnn}/{mlp,cnn}) cnn-shuffled/mlp"
   classifiers="lstm transformer $seq ut-seq"
@@ -47,6 +53,7 @@ else
   lm_pairs="$(echo {lstm,$seq}/{lstm,$seq}) lstm/ut-seq ut-seq/ut-seq"
 fi
 SEEDS=${SEEDS:-4}
+last_plain=${last_plain:-$SEEDS}
 OUT=${OUT:-runs}
 DATA=${DATA:-data}
 FLAGS=${FLAGS:-}
@@ -60,7 +67,7 @@ whole_command() {  # SCRIPT FLAG ...: quoted, so that the line runs as it stands
   echo
 }
 plain() {  # "SCRIPT FLAGS" MODEL ...
-  for seed in $(seq 0 "$SEEDS"); do
+  for seed in $(seq 0 "$last_plain"); do
     for model in "${@:2}"; do
       whole_command $1 --student "$model" --seed "$seed"
     done
@@ -80,12 +87,12 @@ commands() {  # first, plain or taught; the longest first: then no core is idle 
       whole_command train_sva.py $sva --student lstm --seed 0
       ;;
     plain)
-      plain "train_sva.py $sva --objective lm" $lms
+      plain "train_sva.py $lm" $lms
       plain "train_sva.py $sva" $classifiers
       plain "train_mnist.py $mnist" $digits
       ;;
     taught)
-      taught "train_sva.py $sva --objective lm" offline $lm_pairs
+      taught "train_sva.py $lm" offline $lm_pairs
       taught "train_sva.py $sva" offline $classifier_pairs
       taught "train_mnist.py $mnist" offline $pairs
       if [ ! $quick ]; then
@@ -121,7 +128,10 @@ for stage in first plain taught; do
     fi' _ || status=1
 done
 
-env -u OMP_NUM_THREADS "$PYTHON" analyze.py "$OUT" --data-dir "$DATA" --csv "$OUT/runs.csv" \
+# One process on all cores. Its threads sleep while they wait: else, beside other busy processes,
+# they would take most of the time from each other.
+unset OMP_NUM_THREADS
+OMP_WAIT_POLICY=passive "$PYTHON" analyze.py "$OUT" --data-dir "$DATA" --csv "$OUT/runs.csv" \
   > "$OUT/analysis.md" || status=1
 cat "$OUT/analysis.md"
 if [ $status != 0 ]; then

@@ -1845,7 +1845,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(tmp_path):
 
 
 STUB = """#!/bin/sh
-echo "$OMP_NUM_THREADS $*" >> "$LOG"
+echo "$OMP_NUM_THREADS$OMP_WAIT_POLICY $*" >> "$LOG"
 case "$*" in *analyze.py*) echo tables ;; *"--teacher cnn"*) sleep 0.01; exit "$FAIL" ;; esac
 """
 
@@ -1877,12 +1877,12 @@ def test_the_grid_runs_what_it_lists_and_then_the_analysis(run_all):
     printed, err, code = run_all("--quick", FLAGS="--epochs 1")
     *lines, last = run_all.log.read_text().splitlines()
     assert code == 0 and err == "" and printed.endswith("tables\n")
-    assert "analyze.py" in last
+    assert last.startswith("passive analyze.py"), "its threads would spin beside other processes"
     assert all(f"--out {run_all.out}" in line and line.endswith("--epochs 1") for line in lines)
     ran = [line.removeprefix("1 ") for line in lines]
     assert sorted(ran, key=lambda line: "--kd" in line) == ran, "a taught run before its teacher"
     wanted = [line.replace("\\", "").split("my python ")[1] for line in listed.splitlines()]
-    assert set(ran) == set(wanted) and len(wanted) == len(set(wanted)) > 20
+    assert set(ran) == set(wanted) and len(wanted) == len(set(wanted)) > 15
 
 
 def test_a_grid_that_was_killed_goes_on(run_all):
@@ -1910,20 +1910,28 @@ def test_a_grid_grows_by_raising_seeds(run_all):
 
 @pytest.mark.parametrize("flags", [["--quick"], []])
 def test_every_taught_run_has_its_teacher_in_the_grid(flags, run_all):
-    """Seed 1 teaches seed 0, and so on: there is a plain run more than taught ones."""
+    """Seed 1 teaches seed 0, and so on: there is a plain run more than taught ones. With --quick a
+    taught run trains its teacher, which must have no other student: two would train it twice."""
     listed, _, _ = run_all("--list", *flags)
     plain = set()
     taught = 0
+    taught_by = Counter()
+    twins = set()
     for line in listed.splitlines():
         task = "lm" if "--objective lm" in line else re.search(r"train_\w+", line)[0]
         student, seed = re.search(r"--student (\S+) --seed (\d+)", line).groups()
         if "--kd" in line:
             teacher = re.search(r"--teacher (\S+)", line)[1]
-            assert (task, teacher, int(seed) + 1) in plain and (task, student, int(seed)) in plain
             taught += 1
+            taught_by[task, teacher, int(seed) + 1] += 1
+            twins.add((task, student, int(seed)))
         else:
             plain.add((task, student, int(seed)))
     assert taught > 10
+    if flags:
+        assert max(taught_by.values()) == 1, "two runs would train one teacher"
+        plain |= taught_by.keys()
+    assert taught_by.keys() | twins <= plain
 
 
 def test_a_listed_line_runs_as_it_stands(run_all):
