@@ -7,9 +7,8 @@
 #   SEEDS=10 JOBS=4 OUT=/shared/runs DATA=/shared/data FLAGS="--device cuda:1" ./run_all.sh
 #
 # Plain runs have the seeds 0 .. SEEDS, taught ones 0 .. SEEDS-1: seed 1 teaches seed 0, and so on.
-# With --quick there is a plain run of seed 0 alone: each other teaches one student, whose run
-# trains it, which saves a start of Python. A line of --list is a whole command, to be started in
-# this folder, on any machine.
+# A line of --list is a whole command, to be started in this folder, on any machine: one run; with
+# --quick, whose runs are short, all seeds of a setup, which saves starts of Python.
 set -eu
 cd "$(dirname "$0")"
 
@@ -29,19 +28,22 @@ done
 seq=transformer-seq
 if [ $quick ]; then
   SEEDS=${SEEDS:-3}
-  last_plain=0
+  stages='plain taught'
+  seeds_in_a_command=99
   OUT=${OUT:-runs-quick}
   # Small batches need few epochs.
   mnist='--data synthetic --examples 4000 --batch-size 128 --epochs 14'
   sva='--data synthetic --examples 500 --batch-size 32 --epochs 12'
-  lm='--data synthetic --examples 300 --batch-size 16 --objective lm'
+  lm='--data synthetic --examples 400 --batch-size 16 --objective lm'
   digits='cnn mlp'
   pairs='cnn/mlp mlp/mlp'
-  classifiers="lstm $seq"
+  classifiers="$seq lstm"
   classifier_pairs="lstm/$seq $seq/$seq"
   lms=$classifiers
   lm_pairs=$classifier_pairs
 else
+  stages='first plain taught'
+  seeds_in_a_command=1
   mnist='--data mnist'
   sva='--data linzen'
   lm='--data linzen --objective lm'
@@ -53,7 +55,6 @@ else
   lm_pairs="$(echo {lstm,$seq}/{lstm,$seq}) lstm/ut-seq ut-seq/ut-seq"
 fi
 SEEDS=${SEEDS:-4}
-last_plain=${last_plain:-$SEEDS}
 OUT=${OUT:-runs}
 DATA=${DATA:-data}
 FLAGS=${FLAGS:-}
@@ -67,16 +68,16 @@ whole_command() {  # SCRIPT FLAG ...: quoted, so that the line runs as it stands
   echo
 }
 plain() {  # "SCRIPT FLAGS" MODEL ...
-  for seed in $(seq 0 "$last_plain"); do
+  seq 0 "$SEEDS" | xargs -n $seeds_in_a_command | while read -r seeds; do
     for model in "${@:2}"; do
-      whole_command $1 --student "$model" --seed "$seed"
+      whole_command $1 --student "$model" --seed $seeds
     done
   done
 }
 taught() {  # "SCRIPT FLAGS" KD TEACHER/STUDENT ...
-  for seed in $(seq 0 $((SEEDS - 1))); do
+  seq 0 $((SEEDS - 1)) | xargs -n $seeds_in_a_command | while read -r seeds; do
     for pair in "${@:3}"; do
-      whole_command $1 --teacher "${pair%/*}" --student "${pair#*/}" --seed "$seed" --kd "$2"
+      whole_command $1 --teacher "${pair%/*}" --student "${pair#*/}" --seed $seeds --kd "$2"
     done
   done
 }
@@ -114,7 +115,7 @@ if [ $list ]; then
 fi
 
 status=0
-for stage in first plain taught; do
+for stage in $stages; do
   total=$(commands $stage | wc -l | tr -d ' ')
   export stage total
   # xargs starts a bash for each line; $1 is the line's number and the command.

@@ -628,6 +628,18 @@ def test_digits_are_learned_with_nesterov_momentum(grid):
         assert (found["pct_start"], found["total_steps"]) == (0.25, 33)
 
 
+def test_many_seeds_are_run_one_after_the_other(grid, tmp_path):
+    """As if each had been started alone."""
+    mnist.main(f"{SMALL} --seed 0 1 --out {tmp_path}".split())
+    for flags in ("", "--seed 1"):
+        folder = tmp_path.joinpath(*grid[flags].folder.parts[-3:])
+        outputs = np.load(folder / "outputs.npz")
+        assert np.array_equal(outputs["test_logits"], grid[flags].outputs["test_logits"])
+
+    sva.main(f"{SVA_SMALL} --student lstm --seed 0 1 --out {tmp_path}".split())
+    assert len(list(tmp_path.glob("sva-synthetic/lstm-*/seed[01]/run.json"))) == 2
+
+
 def test_each_seed_has_its_own_permutation(tmp_path, grid):
     """Else a control of many seeds would be one control."""
     data = mnist.load_data(arguments(data="synthetic", examples=600))
@@ -1882,7 +1894,7 @@ def test_the_grid_runs_what_it_lists_and_then_the_analysis(run_all):
     ran = [line.removeprefix("1 ") for line in lines]
     assert sorted(ran, key=lambda line: "--kd" in line) == ran, "a taught run before its teacher"
     wanted = [line.replace("\\", "").split("my python ")[1] for line in listed.splitlines()]
-    assert set(ran) == set(wanted) and len(wanted) == len(set(wanted)) > 15
+    assert set(ran) == set(wanted) and len(wanted) == len(set(wanted)) > 10
 
 
 def test_a_grid_that_was_killed_goes_on(run_all):
@@ -1898,40 +1910,33 @@ def test_a_grid_that_was_killed_goes_on(run_all):
 def test_a_failed_run_is_named_and_the_others_go_on(run_all):
     printed, err, code = run_all("--quick", FAIL="2")
     assert code == 1 and "some runs FAILED" in err
-    assert "--teacher cnn --student mlp --seed 1 --kd" in err
+    assert "--teacher cnn --student mlp --seed 0 1 --kd" in err
     assert printed.endswith("tables\n")
 
 
 def test_a_grid_grows_by_raising_seeds(run_all):
-    few, _, _ = run_all("--list", "--quick")
-    many, _, _ = run_all("--list", "--quick", SEEDS="5")
+    few, _, _ = run_all("--list")
+    many, _, _ = run_all("--list", SEEDS="5")
     assert set(few.splitlines()) < set(many.splitlines())
 
 
 @pytest.mark.parametrize("flags", [["--quick"], []])
 def test_every_taught_run_has_its_teacher_in_the_grid(flags, run_all):
-    """Seed 1 teaches seed 0, and so on: there is a plain run more than taught ones. With --quick a
-    taught run trains its teacher, which must have no other student: two would train it twice."""
+    """Seed 1 teaches seed 0, and so on: there is a plain run more than taught ones."""
     listed, _, _ = run_all("--list", *flags)
     plain = set()
     taught = 0
-    taught_by = Counter()
-    twins = set()
     for line in listed.splitlines():
         task = "lm" if "--objective lm" in line else re.search(r"train_\w+", line)[0]
-        student, seed = re.search(r"--student (\S+) --seed (\d+)", line).groups()
-        if "--kd" in line:
+        student, seeds = re.search(r"--student (\S+) --seed ([\d ]+)", line).groups()
+        for seed in seeds.split():
+            if "--kd" not in line:
+                plain.add((task, student, int(seed)))
+                continue
             teacher = re.search(r"--teacher (\S+)", line)[1]
+            assert (task, teacher, int(seed) + 1) in plain and (task, student, int(seed)) in plain
             taught += 1
-            taught_by[task, teacher, int(seed) + 1] += 1
-            twins.add((task, student, int(seed)))
-        else:
-            plain.add((task, student, int(seed)))
     assert taught > 10
-    if flags:
-        assert max(taught_by.values()) == 1, "two runs would train one teacher"
-        plain |= taught_by.keys()
-    assert taught_by.keys() | twins <= plain
 
 
 def test_a_listed_line_runs_as_it_stands(run_all):

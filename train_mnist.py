@@ -599,7 +599,8 @@ def parse_arguments(argv=None):
     add("--epochs", type=int)
     add("--batch-size", type=int)
     add("--lr", type=float, help="the highest learning rate")
-    add("--seed", type=int, default=0, help="initialisation and order of the batches")
+    add("--seed", dest="seeds", type=int, nargs="+", default=[0],
+        help="initialisation and order of the batches; of many, one is run after the other")
     add("--teacher-seed", type=int, help="(default: seed + 1)")
     # Data
     add("--data", choices=["auto", "mnist", "synthetic"], default="auto",
@@ -625,9 +626,10 @@ def parse_arguments(argv=None):
         parser.error(f"--examples must be at most {EXAMPLES}")
     if args.kd == "hard" and args.temperature:
         parser.error("--temperature has no effect on --kd hard")
-    if args.teacher_seed == args.seed:
+    if args.teacher_seed in args.seeds:
         parser.error("--teacher-seed must not be the student's own")
 
+    args.seed = args.seeds[0]
     args.teacher = args.teacher or args.student
     args.amp = args.amp and args.device.type == "cpu"  # GPUs have TF32
     try:
@@ -642,8 +644,9 @@ def main(argv=None):
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
     data = load_data(args)
-    record = train(args, data)
-    print_results(args, record)
+    for args.seed in args.seeds:
+        record = train(args, data)
+        print_results(args, record)
 
 
 if __name__ == "__main__":

@@ -941,7 +941,8 @@ def parse_arguments(argv=None):
     add("--epochs", type=int)
     add("--batch-size", type=int)
     add("--lr", type=float, help="the highest learning rate")
-    add("--seed", type=int, default=0, help="initialisation, order of the batches, dropout")
+    add("--seed", dest="seeds", type=int, nargs="+", default=[0],
+        help="initialisation, order of the batches, dropout; of many, one is run after the other")
     add("--teacher-seed", type=int, help="(default: seed + 1)")
     # Data
     add("--data", choices=["auto", "linzen", "synthetic"], default="auto",
@@ -965,9 +966,10 @@ def parse_arguments(argv=None):
             parser.error(f"--{flag.replace('_', '-')} must be at least {least}")
     if args.kd == "hard" and args.temperature:
         parser.error("--temperature has no effect on --kd hard")
-    if args.teacher_seed == args.seed:
+    if args.teacher_seed in args.seeds:
         parser.error("--teacher-seed must not be the student's own")
 
+    args.seed = args.seeds[0]
     args.teacher = args.teacher or args.student
     if args.objective == "lm" and (args.answers or args.kd in ("permuted", "hard")):
         parser.error("--answers, --kd permuted and --kd hard are for classifiers")
@@ -990,8 +992,9 @@ def main(argv=None):
     # oneDNN keeps a program for each shape of batch: 2 GB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     data = load_data(args)
-    record = train(args, data)
-    print_results(args, record)
+    for args.seed in args.seeds:
+        record = train(args, data)
+        print_results(args, record)
 
 
 if __name__ == "__main__":
