@@ -67,7 +67,9 @@ CLAIMS = [
     ("stronger bias, less variance", "solutions: prediction spread", -1, "strong", "plain"),
     ("... of representations", "solutions: representation spread", -1, "strong", "plain"),
 ]
-AGAINST_ALONE = ("OOD: accuracy", "OOD: ece", "test: balanced_a_accuracy")
+# Differences that are printed of every run that has them.
+AGAINST_ALONE = ("OOD: accuracy", "OOD: ece", "scaled: accuracy", "translated: accuracy",
+                 "test: balanced_a_accuracy")
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -330,9 +332,10 @@ def make_rows(runs):
 
         for test, metrics in run.metrics.items():
             for name, value in metrics.items():
-                if name == "accuracy_by_attractors":
+                if isinstance(value, dict):  # "accuracy_by_attractors"
+                    table = name.replace("_", " ")
                     for attractors, accuracy in value.items():
-                        row[f"accuracy by attractors: {attractors}"] = accuracy
+                        row[f"{table}: {attractors}"] = accuracy
                 else:
                     row[f"{test}: {name}"] = value
 

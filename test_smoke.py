@@ -1070,6 +1070,8 @@ def test_balanced_a_accuracy_weighs_singular_and_plural_subjects_alike(monkeypat
     metrics = metrics_of(split, F.one_hot(says_plural, 2).double(), monkeypatch)
     expected = [(1 / 3 + 1) / 2, 1, (0 + 1 / 2) / 2]
     assert metrics["balanced_a_accuracy"] == approx(np.mean(expected))
+    by_attractors = dict(zip("014", expected))
+    assert metrics["balanced_accuracy_by_attractors"] == approx(by_attractors)
 
 
 def test_d_accuracy_is_the_mean_over_distances_up_to_sixteen(monkeypatch):

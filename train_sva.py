@@ -577,12 +577,14 @@ def test_all(model, data, args):
 
     attractors = split["attractors"].clamp(max=4)
     by_attractors = by_group(attractors, range(5), accuracy)
+    balanced = by_group(attractors, range(5), balanced_accuracy)
     metrics = {
         **common.classification_metrics(logits, split["labels"]),
         "a_accuracy": mean(by_attractors),
-        "balanced_a_accuracy": mean(by_group(attractors, range(5), balanced_accuracy)),
+        "balanced_a_accuracy": mean(balanced),
         "d_accuracy": mean(by_group(split["distance"], range(1, 17), accuracy)),
         "accuracy_by_attractors": by_attractors,
+        "balanced_accuracy_by_attractors": balanced,
     }
     if args.objective == "lm":
         metrics["perplexity"] = torch.tensor(loss).exp().item()  # infinite where it diverged
