@@ -269,10 +269,20 @@ def divergence(p, q, labels):
     return common.js_divergence(p, q)
 
 
+@functools.cache
+def prepared(run, epoch):
+    """A snapshot as RSA wants it: a run is compared with many, so that is done once."""
+    return common.prepare_rsa(run.snapshots[epoch])
+
+
+def rsa(a, b, epoch_of_a, epoch_of_b):
+    return common.rsa_of_prepared(prepared(a, epoch_of_a), prepared(b, epoch_of_b))
+
+
 def path_distance(a, b):
     """Mean of 1 - RSA over the epochs of which both have a snapshot, the first weights included."""
     epochs = [epoch for epoch in a.snapshots if epoch in b.snapshots]
-    return fmean(1 - common.rsa(a.snapshots[epoch], b.snapshots[epoch]) for epoch in epochs)
+    return fmean(1 - rsa(a, b, epoch, epoch) for epoch in epochs)
 
 
 COMPARISONS = {
@@ -280,7 +290,7 @@ COMPARISONS = {
     "kappa": over_tests(kappa),
     "JS divergence": over_tests(divergence),
     "CKA": lambda a, b: common.linear_cka(a.last_snapshot, b.last_snapshot),
-    "RSA": lambda a, b: common.rsa(a.last_snapshot, b.last_snapshot),
+    "RSA": lambda a, b: rsa(a, b, max(a.snapshots), max(b.snapshots)),
     "path distance": path_distance,
 }
 
@@ -787,8 +797,8 @@ def classical_mds(distances):
 
 def paths_in_two_dimensions(runs):
     """[(epochs, 2)]: training paths by MDS of 1 - RSA between all their snapshots."""
-    snapshots = [snapshot for run in runs for snapshot in run.snapshots.values()]
-    distances = pairwise(snapshots, lambda a, b: 1 - common.rsa(a, b))
+    snapshots = [prepared(run, epoch) for run in runs for epoch in run.snapshots]
+    distances = pairwise(snapshots, lambda a, b: 1 - common.rsa_of_prepared(a, b))
     return classical_mds(distances).split([len(run.snapshots) for run in runs])
 
 

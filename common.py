@@ -126,16 +126,27 @@ def rsa(representations_a, representations_b):
     representations after a ReLU start well above 0. A row holds the example's cosine with itself,
     always 1, which lifts small samples. Both: (examples, features), widths may differ.
     """
-    assert len(representations_a) == len(representations_b)
+    return rsa_of_prepared(prepare_rsa(representations_a), prepare_rsa(representations_b))
 
-    def row_products(x, y):
-        # x_i' (X' Y) y_i is row i of X X' times row i of Y Y', which themselves are never needed.
-        return ((x @ (x.T @ y)) * y).sum(dim=1)
 
-    a = F.normalize(representations_a.double(), dim=1)
-    b = F.normalize(representations_b.double(), dim=1)
-    norms = (row_products(a, a) * row_products(b, b)).clamp(min=1e-24).sqrt()
-    return (row_products(a, b) / norms).mean().item()
+def row_products(x, y):
+    """Row i of X X' times row i of Y Y', (examples,): x_i' (X' Y) y_i, without these matrices."""
+    return ((x @ (x.T @ y)) * y).sum(dim=1)
+
+
+def prepare_rsa(representations):
+    """What rsa needs of each side: unit vectors (examples, features), and the norm of each row of
+    their matrix of cosines (examples,). Who compares many models does this once for each."""
+    unit = F.normalize(representations.double(), dim=1)
+    return unit, row_products(unit, unit).clamp(min=1e-24).sqrt()
+
+
+def rsa_of_prepared(prepared_a, prepared_b):
+    """rsa of what prepare_rsa has made of each side."""
+    a, norms_a = prepared_a
+    b, norms_b = prepared_b
+    assert len(a) == len(b)
+    return (row_products(a, b) / (norms_a * norms_b)).mean().item()
 
 
 def linear_cka(representations_a, representations_b):

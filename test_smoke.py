@@ -1571,7 +1571,7 @@ def test_a_barrier_is_the_height_above_the_line_between_the_ends():
 
 def test_a_path_begins_with_the_first_weights():
     """Mean of 1 - RSA over the epochs that both have, epoch 0 among them."""
-    a, b = Namespace(), Namespace()
+    a, b = made_up_run("mlp", 0, "mlp"), made_up_run("mlp", 1, "mlp")
     same = normal(9, 4)
     a.snapshots = {0: normal(9, 4, seed=1), 1: same, 2: same, 4: same}
     b.snapshots = {0: normal(9, 4, seed=2), 1: same, 2: same}
