@@ -1899,6 +1899,13 @@ def test_the_grid_runs_what_it_lists_and_then_the_analysis(run_all):
     assert set(ran) == set(wanted) and len(wanted) == len(set(wanted)) > 10
 
 
+def test_one_run_of_each_script_fetches_the_data_before_all_others(run_all):
+    """Else many runs at once would fetch the same files."""
+    run_all()
+    first, second, *_ = run_all.log.read_text().splitlines()
+    assert {line.split()[1] for line in (first, second)} == {"train_mnist.py", "train_sva.py"}
+
+
 def test_a_grid_that_was_killed_goes_on(run_all):
     process = run_all.start("--quick")
     while not run_all.log.exists() or run_all.log.read_text().count("--student") < 9:
