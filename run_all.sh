@@ -33,7 +33,7 @@ if [ $quick ]; then
   OUT=${OUT:-runs-quick}
   # Small batches need few epochs.
   mnist='--data synthetic --examples 4000 --batch-size 128 --epochs 14'
-  sva='--data synthetic --examples 500 --batch-size 32 --epochs 12'
+  sva='--data synthetic --examples 500 --batch-size 16 --epochs 10'
   lm='--data synthetic --examples 400 --batch-size 16 --objective lm'
   digits='cnn mlp'
   pairs='cnn/mlp mlp/mlp'
