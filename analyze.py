@@ -76,8 +76,8 @@ AGAINST_ALONE = ("OOD: accuracy", "OOD: ece", "scaled: accuracy", "translated: a
 
 
 def quantile_of_t(n):
-    """How many standard errors a 95 % t-interval of n values reaches to each side."""
-    return T_QUANTILES[min(n, 12)] if n >= 3 else math.inf
+    """How many standard errors a 95 % t-interval of n values, at least 3, reaches to each side."""
+    return T_QUANTILES[min(n, 12)]
 
 
 def t_test(values, sign):
@@ -270,13 +270,15 @@ def divergence(p, q, labels):
 
 
 @functools.cache
-def prepared(run, epoch):
+def prepared_for_rsa(run, epoch):
     """A snapshot as RSA wants it: a run is compared with many, so that is done once."""
     return common.prepare_rsa(run.snapshots[epoch])
 
 
 def rsa(a, b, epoch_of_a, epoch_of_b):
-    return common.rsa_of_prepared(prepared(a, epoch_of_a), prepared(b, epoch_of_b))
+    prepared_a = prepared_for_rsa(a, epoch_of_a)
+    prepared_b = prepared_for_rsa(b, epoch_of_b)
+    return common.rsa_of_prepared(prepared_a, prepared_b)
 
 
 def path_distance(a, b):
@@ -486,11 +488,11 @@ def test_claims(runs, rows):
                 names = (keys[one].split("/")[0], keys[against].split("/")[0])
                 found.setdefault(names, {})[run.seed] = value
 
-        for (name, other), values in found.items():
-            mean, _, verdict = t_test(list(values.values()), sign)
-            results.append({"claim": claim, "one": name, "against": other, "values": values,
-                            "mean": mean, "difference": difference_text(list(values.values())),
-                            "verdict": verdict})
+        for (name, other), by_seed in found.items():
+            values = list(by_seed.values())
+            _, _, verdict = t_test(values, sign)
+            results.append({"claim": claim, "one": name, "against": other, "values": by_seed,
+                            "difference": difference_text(values), "verdict": verdict})
     return results
 
 
@@ -797,7 +799,7 @@ def classical_mds(distances):
 
 def paths_in_two_dimensions(runs):
     """[(epochs, 2)]: training paths by MDS of 1 - RSA between all their snapshots."""
-    snapshots = [prepared(run, epoch) for run in runs for epoch in run.snapshots]
+    snapshots = [prepared_for_rsa(run, epoch) for run in runs for epoch in run.snapshots]
     distances = pairwise(snapshots, lambda a, b: 1 - common.rsa_of_prepared(a, b))
     return classical_mds(distances).split([len(run.snapshots) for run in runs])
 

@@ -629,7 +629,7 @@ def parse_arguments(argv=None):
     if args.teacher_seed in args.seeds:
         parser.error("--teacher-seed must not be the student's own")
 
-    args.seed = args.seeds[0]
+    args.seed = args.seeds[0]  # the others follow in main
     args.teacher = args.teacher or args.student
     args.amp = args.amp and args.device.type == "cpu"  # GPUs have TF32
     try:
@@ -644,7 +644,8 @@ def main(argv=None):
     args = parse_arguments(argv)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs
     data = load_data(args)
-    for args.seed in args.seeds:
+    for seed in args.seeds:
+        args.seed = seed
         record = train(args, data)
         print_results(args, record)
 

@@ -971,7 +971,7 @@ def parse_arguments(argv=None):
     if args.teacher_seed in args.seeds:
         parser.error("--teacher-seed must not be the student's own")
 
-    args.seed = args.seeds[0]
+    args.seed = args.seeds[0]  # the others follow in main
     args.teacher = args.teacher or args.student
     if args.objective == "lm" and (args.answers or args.kd in ("permuted", "hard")):
         parser.error("--answers, --kd permuted and --kd hard are for classifiers")
@@ -994,7 +994,8 @@ def main(argv=None):
     # oneDNN keeps a program for each shape of batch: 2 GB.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     data = load_data(args)
-    for args.seed in args.seeds:
+    for seed in args.seeds:
+        args.seed = seed
         record = train(args, data)
         print_results(args, record)
 
