@@ -321,6 +321,15 @@ def test_flags_of_training_are_for_student_and_teacher(script, tmp_path):
     assert (config["temperature"], config["alpha"]) == (3, 0.25)
 
 
+@pytest.mark.parametrize("script", [mnist, sva])
+def test_a_teacher_has_the_next_seed(script, tmp_path):
+    """Of the student's own seed, one of its own kind would be its untaught twin."""
+    args = parsed(script, "--kd", tmp_path)
+    assert args.seed == 0
+    assert script.configure(args)["teacher_seed"] == 1
+    assert script.relatives(args)["teacher"].endswith("/seed1")
+
+
 def test_a_run_names_the_runs_it_is_compared_with(tmp_path):
     """They have its own settings, and no settings of distillation where they have no teacher."""
     flags = "--teacher cnn --kd --examples 3000 --temperature 5"
