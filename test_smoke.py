@@ -321,17 +321,10 @@ def test_flags_of_training_are_for_student_and_teacher(script, tmp_path):
     assert (config["temperature"], config["alpha"]) == (3, 0.25)
 
 
-@pytest.mark.parametrize("script", [mnist, sva])
-def test_a_teacher_has_the_next_seed(script, tmp_path):
-    """Of the student's own seed, one of its own kind would be its untaught twin."""
-    args = parsed(script, "--kd", tmp_path)
-    assert args.seed == 0
-    assert script.configure(args)["teacher_seed"] == 1
-    assert script.relatives(args)["teacher"].endswith("/seed1")
-
-
 def test_a_run_names_the_runs_it_is_compared_with(tmp_path):
-    """They have its own settings, and no settings of distillation where they have no teacher."""
+    """They have its own settings, and no settings of distillation where they have no teacher. A
+    teacher has the next seed: with the student's own, one of its kind would be its untaught twin.
+    """
     flags = "--teacher cnn --kd --examples 3000 --temperature 5"
     assert mnist.relatives(parsed(mnist, flags, tmp_path)) == {
         "plain": {"mlp": "mlp-examples3000/seed0", "cnn": "cnn-examples3000/seed0",
@@ -339,6 +332,12 @@ def test_a_run_names_the_runs_it_is_compared_with(tmp_path):
         "self_taught": "mlp-to-mlp-examples3000-temperature5/seed0",
         "permuted": "cnn-to-mlp-permuted-examples3000-temperature5/seed0",
         "teacher": "cnn-examples3000/seed1",
+    }
+    assert sva.relatives(parsed(sva, "--teacher lstm --kd --temperature 5", tmp_path)) == {
+        "plain": {model: f"{model}/seed0" for model in sva.MODELS},
+        "self_taught": "transformer-seq-to-transformer-seq-temperature5/seed0",
+        "permuted": "lstm-to-transformer-seq-permuted-temperature5/seed0",
+        "teacher": "lstm/seed1",
     }
 
 
